@@ -24,7 +24,7 @@ ENCODERS = {'vit_tiny': (192, 3), 'vit_small': (384, 6), 'vit_base': (768, 12)} 
 def bench_masks(g:int, cells, match=False) -> tuple: # hidden, predict: cells per level
     "Counts for a g×g grid of patches."
     n = g * g
-    left, hidden = n - round((.32 if match else .3) * n), [0] * len(cells)
+    left, hidden = n - round((.32 if match else .26) * n), [0] * len(cells)
     for l in reversed(range(len(cells))):
         share, c = .75 if l else 1., cells[l]
         hidden[l] = min(int(share * left / c**2), max((g // c)**2 - 1, 0))
@@ -196,7 +196,7 @@ def __call__(self:PeerStep, masks=None):
     self.fns[2](self.encoder.named_parameters()); self.opt.zero_grad()
     with torch.no_grad():
         for p, q in zip(self.encoder.parameters(), self.target.parameters()): q.mul_(self.momentum).add_((1 - self.momentum) * p)
-    return float(loss)
+    return float(loss.detach())
 
 # %% ../nbs/90_bench.ipynb #fc8042ca
 @patch

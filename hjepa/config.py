@@ -261,9 +261,9 @@ def cifar10_cpu() -> Recipe:
         levels=dict(cells=(1, 2), depths=(1, 2, 2), weights=(1., 1.)),
         masks=dict(hidden=(0, 2), predict=(4, 2)),
         predictor=dict(dim=64, depth=1, heads=4),
-        prediction=dict(share=.25),
+        prediction=dict(share=.25, weight=.2),
         whole=dict(args=dict(lam=.05), hidden=512, dim=64),
-        optim=dict(lr=1e-3, ema=.99, ema_end=.999),
+        optim=dict(lr=2e-3, ema=.99, ema_end=.99),
         train=dict(batch=128, epochs=None, minutes=2.5, save=1.)))
 
 # %% ../nbs/00_config.ipynb #6a3126e9

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-# %% ../nbs/01_style.ipynb #ead495a7
+# %% ../nbs/01_style.ipynb #40836443
 def level_colors(
     n:int=3, # L levels, fine to coarse
 ) -> list: # n RGBA tuples
@@ -21,7 +21,7 @@ def level_colors(
 
 arm_colors = dict(hjepa='#c2410c', pooled_l0='#0f766e', untrained='#6b7280', pixels='#b0b7c3')
 
-# %% ../nbs/01_style.ipynb #40836443
+# %% ../nbs/01_style.ipynb #2e53512b
 look = {'figure.dpi': 75, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'figure.figsize': (5, 3), 'font.size': 9,
         'axes.titlesize': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
         'grid.color': '#e5e7eb', 'grid.linewidth': .6, 'legend.frameon': False, 'lines.linewidth': 1.6, 'image.interpolation': 'nearest'}
@@ -35,7 +35,7 @@ def setup():
     "The house look for the rest of a session, for interactive use."
     mpl.rcParams.update(look)
 
-# %% ../nbs/01_style.ipynb #142300d9
+# %% ../nbs/01_style.ipynb #d6ba5092
 def save(
     fig,       # a matplotlib figure
     path,      # where; the ending names the format

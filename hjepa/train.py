@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'as_images', 'native_bf16', 'accelerator', 'same_recipe', 'run_folder', 'Run', 'write_rows', 'read_rows',
-           'Trainer', 'stop_signals', 'board', 'plot_history', 'fit', 'finish', 'device_name']
+           'Trainer', 'stop_signals', 'board', 'fit', 'finish', 'device_name']
 
 # %% ../nbs/61_train.ipynb #cba202a7
 import csv, json, math, os, platform, signal, threading, time
@@ -24,7 +24,8 @@ from .data.loader import Loader, mixed_seed
 from .optim import cosine, learning_rate, param_groups
 from .model import HJEPA, build, read_tensors, write_tensors
 from .monitor import Monitor
-from .style import level_colors, style
+from .evaluate.card import plot_history, read_history
+from .style import style
 
 # %% ../nbs/61_train.ipynb #ffe70025
 def as_images(data, r:Recipe): # -> uint8 (N,3,S,S) tensor or lazy sequence, labels or None
@@ -87,7 +88,9 @@ class Run:
     monitor:list           # rows of monitor.csv
     facts:dict             # seconds, images, steps, device ...
     finished:bool = True
-    def plot(self, ax=None): return plot_history(self.history, self.recipe, ax)
+    def plot(self):
+        "Loss per level over the run."
+        with style(): return plot_history(read_history(self.history))
 
 def write_rows(path:Path, rows:list):
     "A CSV with the union of the rows' columns, put in place atomically."
@@ -256,7 +259,7 @@ def show(self:Trainer, bar, row):
     if self.live and time.time() - getattr(self, 'drawn', 0) > 2:
         from IPython.display import display
         import matplotlib.pyplot as plt
-        fig = plot_history(self.rows, self.r).figure
+        with style(): fig = plot_history(read_history(self.rows))
         if hasattr(self, 'handle'): self.handle.update(fig)
         else: self.handle = display(fig, display_id=True)
         plt.close(fig); self.drawn = time.time()
@@ -314,18 +317,6 @@ def board(out):
     return SummaryWriter(out / 'tensorboard')
 
 # %% ../nbs/61_train.ipynb #aea293f1
-def plot_history(rows:list, r:Recipe, ax=None): # rows of history.csv
-    "Loss per level relative to chance, and the whole-image loss."
-    import matplotlib.pyplot as plt
-    with style():
-        ax = ax or plt.subplots(figsize=(5, 2.8))[1]
-        levels = [k for k in rows[-1] if k.startswith('level_')]
-        for k, c in zip(levels, level_colors(len(levels) + 1)): ax.plot([q['images'] for q in rows], [q[k] for q in rows], color=c, label=k.replace('_', ' '))
-        if 'whole' in rows[-1]: ax.plot([q['images'] for q in rows], [q['whole'] for q in rows], color='.5', ls='--', label=f'whole ({r.whole.kind})')
-        ax.axhline(1, color='.7', lw=.8); ax.set(xlabel='images seen', ylabel='loss (levels: 1 = chance)', ylim=(0, None)); ax.legend()
-    return ax
-
-# %% ../nbs/61_train.ipynb #48e53a79
 def fit(
     r,                # recipe: a name, a YAML path, a `Recipe`, or nested dicts
     model:HJEPA|None=None, # to train on; None = a fresh one from the recipe's seed
@@ -347,13 +338,13 @@ def fit(
     done = tr.run() if tr.step < tr.steps else True
     return finish(tr, done)
 
-# %% ../nbs/61_train.ipynb #81e786f8
+# %% ../nbs/61_train.ipynb #f53e9989
 def finish(tr:Trainer, done:bool) -> Run:
     "Facts of a run, written beside it."
     m = tr.model.eval()
     seen = tr.step * tr.r.train.batch
     tr.facts |= dict(train_seconds=round(tr.seconds, 2), images_seen=seen, images_per_second=round(seen / max(tr.seconds, 1e-9), 1), steps=tr.step,
-        params=dict(encoder=sum(p.numel() for p in m.encoder.parameters()), trained=sum(p.numel() for p in tr.params)),
+        params=sum(p.numel() for p in m.encoder.parameters()), params_trained=sum(p.numel() for p in tr.params),
         device=device_name(tr.device), processes=tr.acc.num_processes, torch=torch.__version__, **m.step_cost())
     if tr.main: (tr.out / 'run.json').write_text(json.dumps(tr.facts, indent=1))
     return Run(tr.out, m, tr.r, tr.rows, tr.monitor.rows if tr.monitor else [], tr.facts, done)

@@ -54,7 +54,7 @@ def test_field_is_read(read, leaf): assert leaf in read, f'no module reads {leaf
 CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.image', 40), ('data.mean', (.5, .5, .5)), ('data.std', (.2, .2, .2)),
     ('views.count', 3), ('views.scale', (.6, 1.)), ('views.ratio', (1., 1.)), ('views.flip', 0.), ('views.jitter', 0.), ('views.brightness', 0.),
     ('views.contrast', 0.), ('views.saturation', 0.), ('views.hue', 0.), ('views.gray', 1.),
-    ('encoder.patch', 8), ('encoder.dim', 24), ('encoder.depth', 3), ('encoder.heads', 4), ('encoder.mlp', 2.), ('encoder.stem', 'conv'),
+    ('encoder.patch', 8, {'masks.hidden': (3, 1)}), ('encoder.dim', 24), ('encoder.depth', 3), ('encoder.heads', 4), ('encoder.mlp', 2.), ('encoder.stem', 'conv'),
     ('encoder.registers', 1), ('encoder.layer_scale', .1), ('encoder.drop_path', .5), ('encoder.qk_norm', True), ('encoder.theta', 10.),
     ('levels.cells', (1, 4)), ('levels.top', False, {'levels.depths': (1, 2)}), ('levels.depths', (2, 2, 2)), ('levels.depths', (1, 2, 1)), ('levels.weights', (1., .5)),
     ('masks.kind', 'blocks'), ('masks.hidden', (3, 3)), ('masks.predict', (2, 1)), ('masks.blocks', 1, {'masks.kind': 'blocks', 'masks.hidden': (12, 2)}),
@@ -76,7 +76,7 @@ def run(r, folder, monkeypatch): # everything that can be seen of a short run, t
     monkeypatch.setattr(ht, 'load_images', lambda name, split, image: ImageSet(name, split, scenes(32, image, seed=len(name))[0], torch.arange(32) % 4, tuple('abcd'), 'here'))
     out = fit(r)
     rows = [{k: v for k, v in q.items() if k not in ('seconds', 'images_per_second')} for q in out.history]
-    feats = {f'features {i}': f for i, f in enumerate(out.model.levels(images(4)))}
+    feats = {f'features {i}': f for i, f in enumerate(out.model.levels(images(4, r.data.image)))}
     return dict(path=out.path.name, files=sorted(p.name for p in out.path.iterdir()), rows=rows, monitor=out.monitor), weights(out.model) | feats
 
 def differ(a, b): return a[0] != b[0] or a[1].keys() != b[1].keys() or any(x.shape != b[1][k].shape or not torch.equal(x, b[1][k]) for k, x in a[1].items())

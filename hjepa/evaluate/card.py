@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['names', 'pts', 'arms', 'judge', 'headline', 'coarse_levels', 'level_quality', 'collapse', 'against', 'verdict',
-           'plot_scores', 'read_history', 'plot_history', 'flat_maps', 'plot_maps', 'plot_neighbours', 'commit',
-           'facts', 'write', 'table', 'markdown', 'draw', 'report']
+           'plot_scores', 'read_history', 'plot_history', 'flat_maps', 'plot_maps', 'plot_neighbours', 'plot_masks',
+           'commit', 'facts', 'write', 'table', 'markdown', 'draw', 'report']
 
 # %% ../../nbs/evaluate/58_card.ipynb #a1664106
 import csv, json, math, os, subprocess, time, warnings
@@ -225,6 +225,24 @@ def plot_neighbours(
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #953f6389
+def plot_masks(model, images, n=4, seed=0): # model with `draw_masks`, (N,3,H,W) images
+    "Visible pixels in colour, hidden ones dimmed; outlines are the cells asked at each level."
+    g, p = torch.Generator().manual_seed(seed), model.pyramid
+    m, L = model.draw_masks(n, g), len(p.cells)
+    fig, axes = plt.subplots(n, L + 1, figsize=(1.5*(L + 1), 1.5*n + .3), squeeze=False)
+    for i, row in enumerate(axes):
+        im = _picture(images[i]); s = im.shape[0] / p.grid[0]
+        seen = np.zeros(p.sizes[0]); seen[m.context[i].cpu().numpy()] = 1
+        dim = np.kron(seen.reshape(p.grid), np.ones((int(s), int(s))))[..., None]
+        for l, ax in enumerate(row):
+            ax.imshow(im if l == 0 else im * (.2 + .8*dim)); hide_axes(ax)
+            if i == 0: ax.set_title('image' if l == 0 else f'level {l-1}', fontsize=8)
+            for y, x in (p.centres(l-1, m.origins[l-1])[m.targets[l-1][i].cpu()] if l else []):
+                c = p.cells[l-1]
+                ax.add_patch(plt.Rectangle(((float(x) - c/2)*s - .5, (float(y) - c/2)*s - .5), c*s, c*s, fill=False, lw=1.2, ec=level_colors(L)[l-1]))
+    return fig
+
+# %% ../../nbs/evaluate/58_card.ipynb #99499c5f
 def commit() -> tuple: # (hash or None, dirty or None)
     "The state of the source this package is imported from, if that is a git checkout."
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
@@ -234,7 +252,7 @@ def commit() -> tuple: # (hash or None, dirty or None)
         return git('rev-parse', 'HEAD'), bool(git('status', '--porcelain'))
     except (OSError, subprocess.SubprocessError): return None, None
 
-# %% ../../nbs/evaluate/58_card.ipynb #cad4238c
+# %% ../../nbs/evaluate/58_card.ipynb #95359719
 def facts(model, recipe, train, test, labelled:int, run=None) -> dict: # run: dict of the training's facts, merged in
     "Where the numbers come from."
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
@@ -250,7 +268,7 @@ def facts(model, recipe, train, test, labelled:int, run=None) -> dict: # run: di
         out['images_per_second'] = out['images_seen'] / out['train_seconds']
     return out
 
-# %% ../../nbs/evaluate/58_card.ipynb #99499c5f
+# %% ../../nbs/evaluate/58_card.ipynb #482e89aa
 def _plain(o): # what JSON can hold
     if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
@@ -271,7 +289,7 @@ def table(rows, head): # lists of cells
     "A Markdown table."
     return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
 
-# %% ../../nbs/evaluate/58_card.ipynb #95359719
+# %% ../../nbs/evaluate/58_card.ipynb #579faac7
 def markdown(r:dict) -> str: # of `report`
     "The card for people."
     num = lambda v, f='{:,.0f}': '–' if v is None else f.format(v)
@@ -299,17 +317,18 @@ def markdown(r:dict) -> str: # of `report`
                ['seconds', 'images seen', 'images/s', 'parameters', 'FLOPs/image', 'device', 'torch', 'commit'])]
     return '\n\n'.join(text + [f"![{Path(f).stem}](figures/{f})" for f in r['figures']]) + '\n'
 
-# %% ../../nbs/evaluate/58_card.ipynb #da05077f
-def draw(feats, scores, train, test, level, out, history=None, umap=True, seed=0) -> list: # names of the files
+# %% ../../nbs/evaluate/58_card.ipynb #06d48c88
+def draw(model, feats, scores, train, test, level, out, history=None, umap=True, seed=0) -> list: # names of the files
     "All figures into `out`/figures."
     few = stratified_subset(test.labels, 2000, seed)
     with style(), plt.ioff():
         maps = plot_maps(flat_maps(feats['hjepa'][level][1][few], umap, seed), test.labels[few], test.classes, level)
-        figs = {'scores': plot_scores(scores), 'loss': plot_history(read_history(history)), 'maps': maps,
+        masks = plot_masks(model, test.images) if hasattr(model, 'draw_masks') else None
+        figs = {'scores': plot_scores(scores), 'masks': masks, 'loss': plot_history(read_history(history)), 'maps': maps,
                 'neighbours': plot_neighbours(feats['hjepa'], train, test, seed=seed)}
         return [save(f, Path(out)/'figures'/f'{k}.png').name for k, f in figs.items() if f is not None]
 
-# %% ../../nbs/evaluate/58_card.ipynb #482e89aa
+# %% ../../nbs/evaluate/58_card.ipynb #4a27e5b8
 def report(
     model, recipe,     # trained model and its recipe
     train, test,       # ImageSets
@@ -329,7 +348,7 @@ def report(
     scores = judge(feats, some.labels, test.labels, seed, progress); lap('probes')
     q, q_twin = (level_quality(m, [x for x, _ in feats[a].values()], some, seed, batch) for m, a in ((model, 'hjepa'), (twin, 'untrained')))
     head, coarse, coll = headline(scores), coarse_levels(scores, q, q_twin), collapse(q, q_twin); lap('quality')
-    figures = draw(feats, scores, some, test, head['linear']['level'], out, history, umap, seed); lap('figures')
+    figures = draw(model, feats, scores, some, test, head['linear']['level'], out, history, umap, seed); lap('figures')
     r = _plain(facts(model, recipe, train, test, len(some), run) | dict(mode='mean', verdict=verdict(head, coarse, coll), headline=head,
         collapse=coll, coarse=coarse, figures=figures, evaluate_seconds=seconds,
         scores={p: {a: {l: s.json() for l, s in ls.items()} for a, ls in by.items()} for p, by in scores.items()}))

@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/parts/22_attention.ipynb #1fc5e722
 def init_weights(m:nn.Module): # use as `module.apply(init_weights)` inside a part's constructor
-    "Truncated normal (.02) for linear maps, zero for biases."
+    "Glorot uniform for linear maps, zero for biases."
     if isinstance(m, nn.Linear):
-        nn.init.trunc_normal_(m.weight, std=.02)
+        nn.init.xavier_uniform_(m.weight)
         if m.bias is not None: nn.init.zeros_(m.bias)
