@@ -7,7 +7,7 @@ __all__ = ['overrides', 'number', 'say_json', 'sets_of', 'train', 'judge', 'eval
            'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
-import argparse, json, os, sys, time
+import argparse, json, re, sys, time
 from pathlib import Path
 import yaml
 from .config import HJEPAError, nearest, recipe, recipes, to_yaml
@@ -24,14 +24,13 @@ def overrides(words:list) -> dict: # ['lr=1e-3', ...] -> recipe changes
     for w in words:
         k, eq, v = w.partition('=')
         if not eq: raise HJEPAError(f"'{w}' is not key=value: write for example minutes=1 or optim.lr=1e-3.")
-        out[k] = number(yaml.safe_load(v))
+        out[k] = v if k.split('.')[-1] == 'name' else number(yaml.safe_load(v))
     return out
 
 def number(v):
     "YAML reads 1e-3 as a word; people do not."
     if isinstance(v, list): return [number(x) for x in v]
-    try: return float(v) if isinstance(v, str) else v
-    except ValueError: return v
+    return float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?[\d.]+e[-+]?\d+', v, re.I) else v
 
 # %% ../nbs/91_cli.ipynb #351c181e
 def say_json(args, figures:dict):

@@ -163,9 +163,10 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     for what, b in (('encoder', e), ('predictor', r.predictor)):
         if b.dim % b.heads or (b.dim // b.heads) % 4:
             yield f"{what}.dim {b.dim} over {b.heads} heads leaves {b.dim/b.heads:g} a head: rotary positions need a multiple of 4."
-    if lv.cells[0] != 1 or any(b % a or b <= a for a, b in zip(lv.cells, lv.cells[1:])):
+    if not lv.cells or lv.cells[0] != 1 or any(b % a or b <= a for a, b in zip(lv.cells, lv.cells[1:])):
         yield f"levels.cells {lv.cells} do not nest: start at 1 and let each divide the next, as in (1, 2, 4)."
-    if lv.cells[-1] > g: yield f"levels.cells has a cell of {lv.cells[-1]} patches, larger than the {g}x{g} grid: drop that level or use smaller patches."
+    if lv.cells and lv.cells[-1] > g: yield f"levels.cells has a cell of {lv.cells[-1]} patches, larger than the {g}x{g} grid: drop that level or use smaller patches."
+    if not any(lv.weights): yield f"levels.weights {lv.weights} are all 0: raise one, or set prediction.weight=0."
     n = len(lv.cells) + lv.top
     if len(lv.depths) != n: yield f"levels.depths has {len(lv.depths)} entries for {n} levels{' (the top counts)' if lv.top else ''}: give one block a level."
     if not all(0 < d <= e.depth for d in lv.depths): yield f"levels.depths {lv.depths} reaches outside the encoder's blocks 1 to {e.depth}: lower it."
@@ -177,6 +178,7 @@ def mask_problems(r, g, cells, m):
     "Masks that cannot be drawn or leave no context."
     for what, t in (('masks.hidden', m.hidden), ('masks.predict', m.predict), ('levels.weights', r.levels.weights)):
         if t is not None and len(t) != len(cells): yield f"{what} has {len(t)} entries for {len(cells)} levels below the top: give one a level."
+    if m.predict and min(m.predict) < 0: yield f"masks.predict {m.predict} has a negative number: ask for 0 or more cells."
     for l, (n, c) in enumerate(zip(m.hidden, cells)):
         k = (g // c) ** 2
         if n < 0: yield f"masks.hidden[{l}] is {n}: a number of cells is 0 or more."
@@ -190,8 +192,10 @@ def mask_problems(r, g, cells, m):
 
 # %% ../nbs/00_config.ipynb #6e6f6a57
 def length_problems(r):
-    "Batch and length of the run."
+    "Views, batch and length of the run."
     t = r.train
+    for k in ('scale', 'ratio'):
+        if min(getattr(r.views, k)) <= 0: yield f"views.{k} {getattr(r.views, k)} must be above 0."
     if t.batch % t.accumulate: yield f"train.batch {t.batch} is not divisible by train.accumulate {t.accumulate}: the pieces must be equal."
     given = [k for k in ('epochs', 'steps', 'minutes') if getattr(t, k) is not None]
     if len(given) != 1: yield f"train needs exactly one of epochs, steps, minutes and has {given or 'none'}: unset the others with null."

@@ -21,6 +21,7 @@ from .config import HJEPAError, Recipe, fields, from_yaml, recipe, to_yaml
 from .data.sets import ImageSet, load as load_images
 from .data.views import draw_views, make_views
 from .data.loader import Loader, mixed_seed
+from .losses.prediction import all_mean
 from .optim import cosine, learning_rate, param_groups
 from .model import HJEPA, build, read_tensors, write_tensors
 from .monitor import Monitor
@@ -39,6 +40,7 @@ def as_images(data, r:Recipe): # -> uint8 (N,3,S,S) tensor or lazy sequence, lab
             if x.min() < 0 or x.max() > 1: raise HJEPAError(f"Float images must lie in [0, 1] and these reach from {x.min():g} to {x.max():g}: rescale them or pass uint8.")
             x = (x * 255).round().byte()
         if x.ndim != 4 or x.shape[1] != 3: raise HJEPAError(f"Images must be (N,3,H,W) and these are {tuple(x.shape)}: permute or repeat channels.")
+        if x.shape[-2:] != (r.data.image,)*2: raise HJEPAError(f"The images are {x.shape[2]}x{x.shape[3]} and data.image is {r.data.image}: resize them or change data.image.")
     return x, labels
 
 # %% ../nbs/61_train.ipynb #9c9c6bd5
@@ -72,6 +74,7 @@ def run_folder(out, name:str, fresh:bool) -> Path:
     base = Path(out) if out else Path('runs') / name
     number = lambda i: base.with_name(f'{base.name}-{i}')
     free = lambda: next(number(i) for i in range(2, 10**6) if not number(i).exists())
+    if base.exists() and not base.is_dir(): raise HJEPAError(f"{base} is a file: choose a folder for the run.")
     if not base.exists() or not any(base.iterdir()): return base
     if out is None: return free()
     if fresh: os.replace(base, free())
@@ -199,6 +202,7 @@ def plan(self:Trainer):
 def save(self:Trainer):
     "Model and state into the run directory."
     self.acc.wait_for_everyone()
+    if not all(p.isfinite().all() for p in self.params): raise HJEPAError(f"The weights became nan before step {self.step}: lower optim.lr (now {self.r.optim.lr:g}) or use train.precision=fp32; the last save in {self.out} is whole.")
     if not self.main: return
     names = {p: n for n, p in self.model.named_parameters()}
     state = {f'model.{k}': v for k, v in self.model.state_dict().items()}
@@ -231,7 +235,7 @@ def restore(self:Trainer) -> bool: # True if there was something to go on from
 @patch
 def log(self:Trainer, losses:dict, started:float):
     "A row of history; NaN stops the run."
-    v = {k: float(x) for k, x in losses.items()}
+    v = {k: float(all_mean(x)) for k, x in losses.items()}
     if not all(math.isfinite(x) for x in v.values()):
         raise HJEPAError(f"The loss became {v['loss']} at step {self.step}: lower optim.lr (now {self.r.optim.lr:g}) or use train.precision=fp32; the last save in {self.out} is whole.")
     now = self.seconds + time.perf_counter() - started
@@ -328,13 +332,14 @@ def fit(
 ) -> Run:
     "Train a hierarchical JEPA."
     r = recipe(r, **overrides)
-    if model is not None and model.recipe.encoder != r.encoder: raise HJEPAError("The model's encoder is not the recipe's: pass the recipe the model was built with (model.recipe).")
-    out = run_folder(out, r.name, fresh)
+    for k in ('encoder', 'levels', 'masks', 'predictor', 'prediction', 'whole') if model is not None else ():
+        if getattr(model.recipe, k) != getattr(r, k): raise HJEPAError(f"The model's {k} is not the recipe's: pass the recipe the model was built with (model.recipe).")
     images, labels = as_images(data, r)
     tr = Trainer(r, model or build(r), images, labels, out, live)
+    where = [run_folder(out, r.name, fresh) if tr.main else None]; broadcast_object_list(where); tr.out = where[0]
     if not tr.restore():
         tr.plan()
-        if tr.main: out.mkdir(parents=True, exist_ok=True); (out / 'config.yaml').write_text(to_yaml(r))
+        if tr.main: tr.out.mkdir(parents=True, exist_ok=True); (tr.out / 'config.yaml').write_text(to_yaml(r))
     done = tr.run() if tr.step < tr.steps else True
     return finish(tr, done)
 

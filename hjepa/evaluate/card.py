@@ -321,7 +321,7 @@ def markdown(r:dict) -> str: # of `report`
 def draw(model, feats, scores, train, test, level, out, history=None, umap=True, seed=0) -> list: # names of the files
     "All figures into `out`/figures."
     few = stratified_subset(test.labels, 2000, seed)
-    with style(), plt.ioff():
+    with style():
         maps = plot_maps(flat_maps(feats['hjepa'][level][1][few], umap, seed), test.labels[few], test.classes, level)
         masks = plot_masks(model, test.images) if hasattr(model, 'draw_masks') else None
         figs = {'scores': plot_scores(scores), 'masks': masks, 'loss': plot_history(read_history(history)), 'maps': maps,

@@ -12,7 +12,7 @@ import sys, torch
 import hjepa.model as hm
 from hjepa.train import Trainer, fit
 from hjepa.model import build
-from test_processes import recipes
+from MODULE import recipes
 from tiny import images, same, weights
 out, moves, steps = sys.argv[1], [0], [0]
 def count(*a, f=hm.ema_update): moves[0] += 1; f(*a)
@@ -37,7 +37,7 @@ def recipes(): return {k: change(TINY, **{'train.batch': 16, **kw}) for k, kw in
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory): # one launch for all cases: starting torch twice is what takes the time
-    d = tmp_path_factory.mktemp('two'); (d / 'worker.py').write_text(WORKER)
+    d = tmp_path_factory.mktemp('two'); (d / 'worker.py').write_text(WORKER.replace('MODULE', __name__))
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(d / 'worker.py'), str(d)],
                        env=ENV, capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-4000:]

@@ -153,7 +153,7 @@ def test_nan_loss_stops_and_the_last_save_is_whole(tmp_path, monkeypatch, log):
 def test_bad_images(tmp_path):
     f = X.float() / 255
     nan = f.clone(); nan[3, 1, 2, 2] = float('nan')
-    for x, word in ((nan, 'NaN'), (f * 255, r'\[0, 1\]'), (X[:, :1], r'\(N,3,H,W\)'), (X[0], r'\(N,3,H,W\)'), (X[:7], '7 images are fewer than a batch of 8')):
+    for x, word in ((nan, 'NaN'), (f * 255, r'\[0, 1\]'), (f - .5, r'\[0, 1\]'), (X[:, :1], r'\(N,3,H,W\)'), (X[0], r'\(N,3,H,W\)'), (X[:7], '7 images are fewer than a batch of 8')):
         with pytest.raises(HJEPAError, match=word): go(tmp_path, data=x)
     assert not any(tmp_path.iterdir())
     assert same(weights(go(tmp_path/'a', data=f, train__steps=2).model), weights(go(tmp_path/'b', train__steps=2).model))     # floats are the same images
@@ -169,6 +169,7 @@ def test_given_weights_survive(tmp_path, monkeypatch):
     run = go(tmp_path, model=m)
     assert same(given, seen[0]) and run.model is m and not same(given, weights(m))
     with pytest.raises(HJEPAError, match="encoder is not the recipe's"): go(tmp_path/'b', model=build(tiny()), encoder__depth=3, levels__depths=(1, 2, 3))
+    with pytest.raises(HJEPAError, match="whole is not the recipe's"): go(tmp_path/'c', model=build(tiny()), whole__weight=.5)   # else silently ignored
 
 def test_target_is_the_online_encoder_at_the_start(tmp_path, monkeypatch):
     def update(self, x, s, f=Trainer.update):
