@@ -272,7 +272,7 @@ def cifar10_cpu() -> Recipe:
 
 # %% ../nbs/00_config.ipynb #6a3126e9
 def cifar10() -> Recipe:
-    "CIFAR-10 on one GPU in minutes: ViT-Ti/4. Waits for a GPU: only its first steps were run, on a CPU."
+    "CIFAR-10 on one GPU in minutes: ViT-Ti/4. Waits for a GPU: only two steps at batch 32 on random images were run, on a CPU."
     return from_dict(dict(name='cifar10',
         encoder=dict(patch=4, dim=192, depth=12, heads=3, layer_scale=.1, drop_path=.05),
         masks=dict(hidden=(4, 3, 1)), prediction=dict(share=.5),
@@ -281,7 +281,7 @@ def cifar10() -> Recipe:
 
 # %% ../nbs/00_config.ipynb #0a628429
 def imagenet100() -> Recipe:
-    "ImageNet-100 from a folder, ViT-S/16, two 224-pixel views. Not run: its first steps only, on stand-in images."
+    "ImageNet-100 from a folder, ViT-S/16, two 224-pixel views. Not run: only two steps at batch 8 on random images, on a CPU."
     return from_dict(dict(name='imagenet100',
         data=dict(name='folder:imagenet100', image=224, mean=(.485, .456, .406), std=(.229, .224, .225), workers=8),
         encoder=dict(patch=16, dim=384, depth=12, heads=6, layer_scale=.1, drop_path=.1),
@@ -291,7 +291,7 @@ def imagenet100() -> Recipe:
 
 # %% ../nbs/00_config.ipynb #cccc8baf
 def imagenet1k_vitb16() -> Recipe:
-    "ImageNet-1k, ViT-B/16: lr 5e-4, batch 1,024 in pieces, warm-up 40 of 300 epochs. Not run: its first steps only, on stand-in images."
+    "ImageNet-1k, ViT-B/16: lr 5e-4, batch 1,024 in pieces, warm-up 40 of 300 epochs. Not run: only two steps at batch 8 on random images, on a CPU."
     return from_dict(dict(name='imagenet1k-vitb16',
         data=dict(name='folder:imagenet', image=224, mean=(.485, .456, .406), std=(.229, .224, .225), workers=12),
         encoder=dict(patch=16, dim=768, depth=12, heads=12, layer_scale=.1, drop_path=.1, checkpoint=True),
