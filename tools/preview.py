@@ -115,7 +115,7 @@ def build():
                 return m[0]
             md = '\n'.join(markdown(nbs[p], save)).replace(f']({base}/', f']({root}')
             md = re.sub(r'(\]\()(?![a-z]+:|#|/)([^)#\s]+)((?:#[^)\s]*)?\))', local, md)
-            v = dict(pagetitle=name[p], desc=front(nbs[p]).get('description', ''), side='\n'.join(side), turn='\n'.join(turn), root=root)
+            v = dict(pagetitle=name[p], desc=re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(front(nbs[p]).get('description', ''), quote=False)), side='\n'.join(side), turn='\n'.join(turn), root=root)
             args = ['--standalone', f'--template={tpl}', '--mathml', '--toc', '--toc-depth=3', *(f'--variable={k}={x}' for k, x in v.items() if x)]
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(pypandoc.convert_text(md, 'html5', format='markdown', extra_args=args), encoding='utf-8')

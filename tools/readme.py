@@ -47,7 +47,7 @@ def directives(cell):
 
 def table():
     "Every notebook with its one-line description, in reading order."
-    rows, last = ['| | notebook | what is in it |', '|---|---|---|'], ''
+    rows, last = ['| | notebook | what is in it |', '|-----|----------|------------------------------|'], ''
     for sec, p in sidebar():
         if p == 'index.ipynb' or not (NBS/p).exists(): continue
         t, d = (o.replace('|', '\\|') for o in title(p))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from ..config import HJEPAError
 from ..style import style, save, hide_axes, level_colors, arm_colors
+from ..data.views import draw_views, make_views
 from ..model import untrained
 from .features import level_features, cells, pixels
 from .probes import linear_probe, knn_probe, choose_level, paired, standardise, stratified_subset
@@ -225,21 +226,22 @@ def plot_neighbours(
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #953f6389
-def plot_masks(model, images, n=4, seed=0): # model with `draw_masks`, (N,3,H,W) images
+def plot_masks(model, images, n=4, seed=0): # model with `draw_masks`, (N,3,H,W) uint8 images
     "Visible pixels in colour, hidden ones dimmed; outlines are the cells asked at each level."
-    g, p = torch.Generator().manual_seed(seed), model.pyramid
-    m, L = model.draw_masks(n, g), len(p.cells)
-    fig, axes = plt.subplots(n, L + 1, figsize=(1.5*(L + 1), 1.5*n + .3), squeeze=False)
+    g, p, r = torch.Generator().manual_seed(seed), model.pyramid, model.recipe
+    L, V, x = len(p.cells), r.views.count, torch.stack([images[i] for i in range(n)]).cpu()
+    views = make_views(x, draw_views(n, r.views, g), r.data.image, (0,)*3, (1,)*3)
+    m, k = model.draw_masks(V*n, g), r.data.image // p.grid[0]
+    seen = torch.zeros(V*n, p.sizes[0]).scatter(1, m.context.cpu(), 1).view(V, n, 1, *p.grid)
+    dimmed = views * (.2 + .8*seen.repeat_interleave(k, -1).repeat_interleave(k, -2))
+    other = ['the whole: another view'] if model.whole else []
+    fig, axes = plt.subplots(n, 1 + L + len(other), figsize=(1.5*(1 + L + len(other)), 1.5*n + .3), squeeze=False)
+    for ax, t in zip(axes[0], ['image', *(f'level {l}' for l in range(L)), *other]): ax.set_title(t, fontsize=8)
     for i, row in enumerate(axes):
-        im = _picture(images[i]); s = im.shape[0] / p.grid[0]
-        seen = np.zeros(p.sizes[0]); seen[m.context[i].cpu().numpy()] = 1
-        dim = np.kron(seen.reshape(p.grid), np.ones((int(s), int(s))))[..., None]
-        for l, ax in enumerate(row):
-            ax.imshow(im if l == 0 else im * (.2 + .8*dim)); hide_axes(ax)
-            if i == 0: ax.set_title('image' if l == 0 else f'level {l-1}', fontsize=8)
-            for y, x in (p.centres(l-1, m.origins[l-1])[m.targets[l-1][i].cpu()] if l else []):
-                c = p.cells[l-1]
-                ax.add_patch(plt.Rectangle(((float(x) - c/2)*s - .5, (float(y) - c/2)*s - .5), c*s, c*s, fill=False, lw=1.2, ec=level_colors(L)[l-1]))
+        for ax, im in zip(row, [x[i] / 255, *[dimmed[0, i]]*L, *[dimmed[-1, i]]*len(other)]): ax.imshow(im.permute(1, 2, 0).clamp(0, 1).numpy()); hide_axes(ax)
+        for l, ax in enumerate(row[1:L + 1]):
+            for cy, cx in p.centres(l, m.origins[l])[m.targets[l][i].cpu()].tolist():
+                c = p.cells[l]; ax.add_patch(plt.Rectangle(((cx - c/2)*k - .5, (cy - c/2)*k - .5), c*k, c*k, fill=False, lw=1.2, ec='w'))
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #99499c5f
