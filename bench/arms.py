@@ -19,15 +19,23 @@ from hjepa.train import Trainer, fit, read_rows
 
 def arms(r):
     "name -> recipe"
+    blocks, finer = ({'masks.hidden': h, 'masks.predict': p} for h, p in (((0, 2), (4, 2)), ((4, 1), (4, 1))))     # 8 of 16 patches hidden in both
+    last = {'levels.depths': [r.encoder.depth] * len(r.levels.depths)}                                             # every level reads the last block
+    r, fine = change(r, **blocks), change(r, **finer)
     return {'hierarchy': r, 'one level': one_level(r), 'views only': change(r, **{'prediction.weight': 0}),
-            'prediction only': change(r, **{'whole.kind': 'none', 'whole.args': {}, 'views.count': 1, 'prediction.share': 1.})}
+            'prediction only': change(r, **{'whole.kind': 'none', 'whole.args': {}, 'views.count': 1, 'prediction.share': 1.}),
+            'hierarchy, last block': change(r, **last),
+            'one level, same masks': change(r, **last, **{'levels.weights': [1.] + [0.] * (len(r.levels.cells) - 1)}),
+            'hierarchy, finer masks': fine, 'views only, finer masks': change(fine, **{'prediction.weight': 0})}
 
-def steps_in(rs:dict, images, minutes:float, rounds=3) -> dict:
-    "Steps of each arm in so many minutes."
-    seconds = {k: [] for k in rs}
+def steps_in(rs:dict, images, minutes:float, known:dict, rounds=3) -> dict:
+    "Steps of each arm in so many minutes. An arm added after others have been trained is timed beside the first of them, and gets steps in proportion to that one's."
+    first = next((k for k in rs if k in known), None); new = [k for k in rs if k not in known]
+    seconds = {k: [] for k in ([first] if first and new else []) + new}
     for _ in range(rounds):
-        for k, r in rs.items(): seconds[k].append(Trainer(change(r, monitor=0), build(r), images, None, None).rehearse())
-    return {k: int(minutes * 60 / statistics.median(s)) for k, s in seconds.items()}
+        for k in seconds: seconds[k].append(Trainer(change(rs[k], monitor=0), build(rs[k]), images, None, None).rehearse())
+    seconds = {k: statistics.median(s) for k, s in seconds.items()}
+    return known | {k: int((known[first] * seconds[first] if first else minutes * 60) / seconds[k]) for k in new}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,8 +48,8 @@ def main():
     train, held = whole.subset(keep.nonzero()[:, 0]), whole.subset(out)
     rs = {k: r for k, r in arms(base).items() if not a.arms or k in a.arms}
     state = Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
-    if not plan.exists(): plan.write_text(json.dumps(steps_in(rs, train.images, a.minutes)))
-    steps, runs = json.loads(plan.read_text()), []
+    steps, runs = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {}), []
+    plan.write_text(json.dumps(steps))
     for seed in a.seeds:
         for k, r in rs.items():
             r = change(r, seed=seed, steps=steps[k]); folder = state / f"{k.replace(' ', '-')}-{seed}"
@@ -52,7 +60,7 @@ def main():
             rep = json.loads((folder / 'report.json').read_text())
             runs.append(dict(arm=k, seed=seed, **{f: rep[f] for f in ('images_seen', 'train_seconds', 'flops_per_image', 'headline', 'coarse')}, scores=rep['scores']))
             print(k, seed, {q: (rep['headline'][q]['level'], *(f"{100 * x:.1f}" for x in (rep['headline'][q]['score']['acc'], rep['headline'][q]['over']['untrained']['diff']))) for q in ('linear', 'knn')}, flush=True)
-            Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), minutes=a.minutes, steps=steps, recipe=base.model_dump(mode='json'),
+            Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), minutes=a.minutes, steps=steps, recipe=rs[next(iter(rs))].model_dump(mode='json'),
                 summary=summary(runs), runs=runs), indent=1) + '\n')
     return 0
 

@@ -39,7 +39,7 @@ def say_json(args, figures:dict):
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(figures, indent=1) + '\n')
 
-def sets_of(r, n_test=None):
+def sets_of(r):
     "Training and test images of a recipe."
     return [load_images(r.data.name, s, image=r.data.image) for s in ('train', 'test')]
 

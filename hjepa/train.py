@@ -67,7 +67,7 @@ def same_recipe(a:Recipe, b:Recipe, where):
     fa, fb = fields(a), fields(b)
     for k in fa:
         if k not in FREE and fa[k] != fb[k]:
-            raise HJEPAError(f"{where} holds a run with {k}={fb[k]}, and this one has {k}={fa[k]}: choose another folder, or start over with fresh=True.")
+            raise HJEPAError(f"{where} holds a run with {k}={fb[k]}, and this one has {k}={fa[k]}: choose another folder, or start over with fresh=True (--fresh on the command line).")
 
 def run_folder(out, name:str, fresh:bool) -> Path:
     "The folder of a run: `out`, or the next free runs/NAME; with `fresh` an old one is set aside, never deleted."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'DEBIAN', 'IMAGE_FILES', 'DataError', 'data_root', 'ImageSet', 'checksum', 'room', 'Named', 'reach',
-           'import_sprites', 'read_idx', 'Folder', 'held_out', 'load']
+           'download', 'import_sprites', 'read_idx', 'Folder', 'held_out', 'load']
 
 # %% ../../nbs/data/11_sets.ipynb #a5a1fcc5
 import errno, gzip, hashlib, importlib, inspect, io, json, os, shutil, socket, subprocess, tarfile, threading, time
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
-from urllib.request import getproxies
+from urllib.error import HTTPError
+from urllib.request import Request, getproxies, urlopen
 import numpy as np, torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -154,11 +155,31 @@ def reach(
     t = threading.Thread(target=call, daemon=True); t.start(); t.join(timeout+.5)
     if why: raise DataError(f'no connection to {to.hostname} ({why[0]})')
 
-@contextmanager
-def _no_stall(seconds=30.):
-    old = socket.getdefaulttimeout(); socket.setdefaulttimeout(seconds)
-    try: yield
-    finally: socket.setdefaulttimeout(old)
+def download(
+    url:str,            # what to bring
+    to:Path,            # the file, which exists only when whole
+    md5:str,            # of the whole file, in hex
+    progress:bool=True, # show a bar
+):
+    "Bring a file. What arrived before an interruption is kept beside it, and the next call goes on from there"
+    part = to.with_name(to.name+'.part'); have = part.stat().st_size if part.exists() else 0
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urlopen(Request(url, headers={'User-Agent':'hjepa'} | ({'Range':f'bytes={have}-'} if have else {})), timeout=30) as r:
+            if r.status!=206: have = 0                        # a server that cannot go on sends everything
+            total = have+int(r.headers['Content-Length'])
+            with (open(part, 'ab' if have else 'wb') as f,
+                  tqdm(desc=to.name, initial=have, total=total, unit='B', unit_scale=True, disable=not progress) as bar):
+                while b := r.read(1<<20): bar.update(f.write(b))
+            whole = part.stat().st_size>=total
+    except HTTPError as e:
+        if e.code!=416: raise                                 # 416: everything is here already
+        whole = True
+    if not whole: raise DataError(f'the connection ended after {part.stat().st_size/1e6:.0f} MB, which are kept: ask again to go on')
+    with open(part, 'rb') as f: right = hashlib.file_digest(f, 'md5').hexdigest()==md5
+    if not right: part.unlink(); raise DataError(f'{to.name} is not the published file')
+    os.replace(part, to)
+
 
 # %% ../../nbs/data/11_sets.ipynb #dbdae171
 def _tiles(a:np.ndarray, t:int)->np.ndarray: # (H,W,3) -> (N,t,t,3) in reading order
@@ -189,8 +210,10 @@ def import_sprites(
 def _torchvision_cifar10(folder, progress):
     from torchvision.datasets import CIFAR10
     have = next((p for p in (folder, folder.parent, folder/'.download') if (p/CIFAR10.base_folder).is_dir()), None)
-    if have is None: reach(CIFAR10.url); room(folder, 600e6)
-    with _no_stall(): two = {s: CIFAR10(have or folder/'.download', train=s=='train', download=have is None) for s in ('train','test')}
+    if have is None:
+        reach(CIFAR10.url); room(folder, 600e6)
+        download(CIFAR10.url, folder/'.download'/CIFAR10.filename, CIFAR10.tgz_md5, progress)    # torchvision unpacks what it finds there
+    two = {s: CIFAR10(have or folder/'.download', train=s=='train', download=have is None) for s in ('train','test')}
     return {s: (d.data, np.array(d.targets, np.uint8)) for s,d in two.items()}
 
 # %% ../../nbs/data/11_sets.ipynb #c4556e81
@@ -267,7 +290,8 @@ def _idx_pair(places)->dict: # the first folder with all four files
 def _torchvision_fashion(folder, progress):
     from torchvision.datasets import FashionMNIST as F
     reach(F.mirrors[0]); room(folder, 300e6)
-    with _no_stall(): two = {s: F(folder/'.download', train=s=='train', download=True) for s in ('train','test')}
+    for f,md5 in F.resources: download(F.mirrors[0]+f, folder/'.download'/'FashionMNIST'/'raw'/f, md5, progress)
+    two = {s: F(folder/'.download', train=s=='train', download=True) for s in ('train','test')}
     return {s: (d.data.numpy(), d.targets.numpy().astype(np.uint8)) for s,d in two.items()}
 
 DEBIAN = ('/usr/share/datasets/fashion-mnist', '/usr/share/dataset-fashion-mnist')
