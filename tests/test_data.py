@@ -1,5 +1,5 @@
 "Data: what must hold between notebooks, processes and interrupted runs. No network, and never the user's own cache."
-import errno, hashlib, json, os, pickle, subprocess, sys, time
+import errno, hashlib, io, json, os, pickle, subprocess, sys, tarfile, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -88,6 +88,20 @@ def test_real_sets_without_network_fail_fast_and_in_words(home, monkeypatch, nam
     assert time.time()-t<10                                  # an import of torchvision included
     m = str(e.value); assert 'no connection to' in m and 'HJEPA_DATA' in m
     for source,_ in SETS[name].sources: assert source in m, m
+
+def test_archive_that_is_there_is_unpacked_again_after_a_kill(home, monkeypatch):
+    from torchvision.datasets import CIFAR10
+    d = home/'cifar10'/'.download'; (d/CIFAR10.base_folder).mkdir(parents=True)            # a kill while unpacking left an empty folder
+    rng, sums = np.random.default_rng(0), {}
+    with tarfile.open(d/CIFAR10.filename, 'w:gz') as tar:
+        for name in ('data_batch_1', 'test_batch', 'batches.meta'):
+            b = pickle.dumps({'data': rng.integers(0, 256, (3,3072), np.uint8), 'labels': [0,1,2], 'label_names': ['a','b','c']})
+            i = tarfile.TarInfo(f'{CIFAR10.base_folder}/{name}'); i.size = len(b); tar.addfile(i, io.BytesIO(b)); sums[name] = hashlib.md5(b).hexdigest()
+    for k,v in dict(train_list=[['data_batch_1', sums['data_batch_1']]], test_list=[['test_batch', sums['test_batch']]], tgz_md5=hashlib.md5((d/CIFAR10.filename).read_bytes()).hexdigest(),
+                    meta=dict(filename='batches.meta', key='label_names', md5=sums['batches.meta'])).items(): monkeypatch.setattr(CIFAR10, k, v)
+    monkeypatch.setattr(sets, 'reach', lambda *_: pytest.fail('asked the network'))
+    got = sets._torchvision_cifar10(home/'cifar10', False)
+    assert got['train'][0].shape==(3,32,32,3) and got['test'][1].tolist()==[0,1,2]
 
 def test_pickled_labels_refused(home, monkeypatch):
     d = home/'cifar10'; d.mkdir()

@@ -157,17 +157,18 @@ def reach(
 
 def download(
     url:str,            # what to bring
-    to:Path,            # the file, which exists only when whole
+    to:Path,            # the file, which exists only when whole; if it does, nobody is asked
     md5:str,            # of the whole file, in hex
     progress:bool=True, # show a bar
 ):
     "Bring a file. What arrived before an interruption is kept beside it, and the next call goes on from there"
+    if to.exists(): return
+    reach(url); to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(to.name+'.part'); have = part.stat().st_size if part.exists() else 0
-    to.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urlopen(Request(url, headers={'User-Agent':'hjepa'} | ({'Range':f'bytes={have}-'} if have else {})), timeout=30) as r:
             if r.status!=206: have = 0                        # a server that cannot go on sends everything
-            total = have+int(r.headers['Content-Length'])
+            total = have+int(r.headers.get('Content-Length', 0))     # 0: the server does not say; the MD5 decides
             with (open(part, 'ab' if have else 'wb') as f,
                   tqdm(desc=to.name, initial=have, total=total, unit='B', unit_scale=True, disable=not progress) as bar):
                 while b := r.read(1<<20): bar.update(f.write(b))
@@ -209,9 +210,9 @@ def import_sprites(
 # %% ../../nbs/data/11_sets.ipynb #dd3ad7d9
 def _torchvision_cifar10(folder, progress):
     from torchvision.datasets import CIFAR10
-    have = next((p for p in (folder, folder.parent, folder/'.download') if (p/CIFAR10.base_folder).is_dir()), None)
+    have = next((p for p in (folder, folder.parent) if (p/CIFAR10.base_folder).is_dir()), None)
     if have is None:
-        reach(CIFAR10.url); room(folder, 600e6)
+        room(folder, 600e6)
         download(CIFAR10.url, folder/'.download'/CIFAR10.filename, CIFAR10.tgz_md5, progress)    # torchvision unpacks what it finds there
     two = {s: CIFAR10(have or folder/'.download', train=s=='train', download=have is None) for s in ('train','test')}
     return {s: (d.data, np.array(d.targets, np.uint8)) for s,d in two.items()}
@@ -289,7 +290,7 @@ def _idx_pair(places)->dict: # the first folder with all four files
 
 def _torchvision_fashion(folder, progress):
     from torchvision.datasets import FashionMNIST as F
-    reach(F.mirrors[0]); room(folder, 300e6)
+    room(folder, 300e6)
     for f,md5 in F.resources: download(F.mirrors[0]+f, folder/'.download'/'FashionMNIST'/'raw'/f, md5, progress)
     two = {s: F(folder/'.download', train=s=='train', download=True) for s in ('train','test')}
     return {s: (d.data.numpy(), d.targets.numpy().astype(np.uint8)) for s,d in two.items()}
