@@ -263,7 +263,7 @@ def cifar10_cpu() -> Recipe:
         data=dict(labelled=5000),
         encoder=dict(patch=8, dim=128, depth=2, heads=4),
         levels=dict(cells=(1, 2), depths=(1, 2, 2), weights=(1., 1.)),
-        masks=dict(hidden=(0, 2), predict=(4, 2)),
+        masks=dict(hidden=(4, 1), predict=(4, 1)),
         predictor=dict(dim=64, depth=1, heads=4),
         prediction=dict(share=.25, weight=.2),
         whole=dict(args=dict(lam=.05), hidden=512, dim=64),
