@@ -4,6 +4,8 @@ ARGS ?=
 FLAGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Threads that wait give up their core soon: see nbs/91_cli.ipynb.
+export GOMP_SPINCOUNT ?= 1000
 LIMIT := $(if $(shell command -v timeout),timeout 900,)
 
 .DEFAULT_GOAL := help

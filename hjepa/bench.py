@@ -283,7 +283,7 @@ def ratios(a:list, b:list) -> dict: # rates of two sides, round by round
 
 # %% ../nbs/90_bench.ipynb #196e0f81
 def bench_step(
-    r,                # a recipe: a name, a path, a `Recipe`; `bench_recipe` makes one from options
+    r,                # a recipe: a name, a path, a Recipe; bench_recipe makes one from options
     device=None,      # cuda, mps, cpu; None = the best there is
     batch=None,       # images a step; None = the recipe's
     steps:int=8,      # timed steps of each side in a round
@@ -351,7 +351,7 @@ def one_level(r:Recipe) -> Recipe: # as many context tokens, questions and targe
         'masks.hidden': (r.hidden_patches,), 'masks.predict': (min(asked, r.hidden_patches),)})
 
 # %% ../nbs/90_bench.ipynb #cca7a0d1
-def bench_choices(r, device=None, **kw) -> dict: # name -> figures, see `compare`
+def bench_choices(r, device=None, **kw) -> dict: # name -> figures, see compare()
     "The price of each kind of attention in the predictor, and of the hierarchy."
     r = recipe(r)
     kinds = [r.predictor.attention] + [a for a in ('cross', 'packed', 'joint') if a != r.predictor.attention]

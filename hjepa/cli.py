@@ -7,9 +7,14 @@ __all__ = ['overrides', 'number', 'say_json', 'sets_of', 'train', 'judge', 'eval
            'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
-import argparse, json, re, sys, time
+import argparse, json, os, re, sys, time
 from pathlib import Path
 import yaml
+
+# %% ../nbs/91_cli.ipynb #c0ffee91
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
+# %% ../nbs/91_cli.ipynb #55ff3422
 from .config import HJEPAError, nearest, recipe, recipes, to_yaml
 from .data.sets import DataError, data_root, load as load_images
 from .model import load

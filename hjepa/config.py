@@ -20,7 +20,7 @@ class HJEPAError(Exception):
     "A mistake the user can mend: the message is one sentence, cause and cure."
 
 # %% ../nbs/00_config.ipynb #7fc1c5be
-def nearest(word:str, choices) -> str: # `" Did you mean 'x'?"`, or the whole list when nothing is near
+def nearest(word:str, choices) -> str: # " Did you mean 'x'?", or the whole list when nothing is near
     "The end of an error message about an unknown `word`."
     choices = sorted(choices)
     near = difflib.get_close_matches(word.split('.')[-1], choices, 1, 0.5)
@@ -32,7 +32,7 @@ class Branch(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
 
 class Data(Branch):
-    name:str = 'cifar10'              # a name that `hjepa.data.sets.load` knows, or folder:PATH
+    name:str = 'cifar10'              # a name that hjepa.data.sets.load knows, or folder:PATH
     image:int = Field(32, gt=0)       # side of the square input, pixels
     mean:tuple[float, float, float] = (.4914, .4822, .4465) # per channel, of images in [0,1]
     std:tuple[float, float, float] = (.2470, .2435, .2616)
@@ -86,7 +86,7 @@ class Predictor(Branch):
     dim:int = Field(192, gt=0)
     depth:int = Field(4, gt=0)
     heads:int = Field(6, gt=0)
-    attention:Literal['cross', 'packed', 'joint'] = 'cross' # what a query sees: see `hjepa.parts.predictor`
+    attention:Literal['cross', 'packed', 'joint'] = 'cross' # what a query sees: see hjepa.parts.predictor
 
 class Prediction(Branch):
     weight:float = Field(1., ge=0)    # of the mean over levels; 0 builds no predictor
@@ -268,7 +268,7 @@ def cifar10_cpu() -> Recipe:
         prediction=dict(share=.25, weight=.2),
         whole=dict(args=dict(lam=.05), hidden=512, dim=64),
         optim=dict(lr=2e-3, ema=.99, ema_end=.99),
-        train=dict(batch=128, epochs=None, minutes=2.5, save=1.)))
+        train=dict(batch=128, epochs=None, minutes=2.25, save=1.)))
 
 # %% ../nbs/00_config.ipynb #6a3126e9
 def cifar10() -> Recipe:
@@ -302,8 +302,8 @@ def imagenet1k_vitb16() -> Recipe:
 recipes = {'cifar10-cpu': cifar10_cpu, 'cifar10': cifar10, 'imagenet100': imagenet100, 'imagenet1k-vitb16': imagenet1k_vitb16}
 
 # %% ../nbs/00_config.ipynb #4191ae8c
-def recipe(r, # a name, the path of a YAML file, a `Recipe`, or nested dicts
-           **kw) -> Recipe: # changes, as in `change`
+def recipe(r, # a name, the path of a YAML file, a Recipe, or nested dicts
+           **kw) -> Recipe: # changes, as in change()
     "One door to every recipe."
     if isinstance(r, dict): r = from_dict(r)
     if not isinstance(r, Recipe):

@@ -185,7 +185,9 @@ def write_tensors(path, tensors:dict, metadata:dict):
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.touch(); mode = tmp.stat().st_mode                  # safetensors would leave a file that only its owner can read
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
+        tmp.chmod(mode)
         os.replace(tmp, path)
     except Exception as e:
         tmp.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ class Monitor:
         pooled = tokens[-1].mean(1)
         out = dict(energy=between_image_energy(tokens[0]), spread=float(pooled.var(0).mean()), erank=erank_over_dim(pooled))
         if self.labels is not None: out['knn'] = self.knn(pooled)
-        if model.levels_predicted: out |= {f'chance_{l}': float(c.level) for l, c in enumerate(model.chance)}
+        if model.levels_predicted: out |= {f'chance_{l}': float(c.level) for l, c in enumerate(model.chance) if c.ready}
         return out
 
 # %% ../nbs/60_monitor.ipynb #783a693e

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'as_images', 'native_bf16', 'accelerator', 'same_recipe', 'run_folder', 'Run', 'write_rows', 'read_rows',
-           'Trainer', 'stop_signals', 'board', 'fit', 'finish', 'device_name']
+           'Trainer', 'in_notebook', 'stop_signals', 'board', 'fit', 'finish', 'device_name']
 
 # %% ../nbs/61_train.ipynb #cba202a7
-import csv, json, math, os, platform, signal, threading, time
+import csv, json, math, os, platform, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,9 +111,9 @@ def read_rows(path:Path) -> list:
 # %% ../nbs/61_train.ipynb #aa204fd1
 class Trainer:
     "Everything a run needs, and the loop."
-    def __init__(self, r:Recipe, model:HJEPA, images, labels, out:Path, live=False):
+    def __init__(self, r:Recipe, model:HJEPA, images, labels, out:Path, live=None):
         t = r.train
-        self.r, self.out, self.live = r, out, live
+        self.r, self.out, self.live = r, out, in_notebook() if live is None else live
         self.acc = accelerator(t.device); self.device, self.main = self.acc.device, self.acc.is_main_process
         bf16 = t.precision == 'bf16' or (t.precision == 'auto' and native_bf16(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -255,12 +255,17 @@ def look(self:Trainer, bar):
     for sentence in self.monitor.check(self.model, self.step): bar.write(f'[step {self.step}] warning: {sentence}')
     self.last_look = {k: f'{v:.3f}' for k, v in self.monitor.rows[-1].items() if k in ('energy', 'erank', 'knn')}
 
+def in_notebook() -> bool:
+    "Whether this process is the kernel of a notebook, which can show a figure and change it."
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    return hasattr(shell, 'kernel')
+
 @patch
 def show(self:Trainer, bar, row):
     "Progress bar, and the live figure of a notebook."
     levels = ' '.join(f'{row[k]:.2f}' for k in row if k.startswith('level_'))
     bar.set_postfix(dict(**({'levels': levels} if levels else {}), **({'whole': f"{row['whole']:.3f}"} if 'whole' in row else {}), **getattr(self, 'last_look', {}), img_s=f"{row['images_per_second']:.0f}"))
-    if self.live and time.time() - getattr(self, 'drawn', 0) > 2:
+    if self.live and self.main and (time.time() - getattr(self, 'drawn', 0) > 2 or self.step == self.steps - 1):
         from IPython.display import display
         import matplotlib.pyplot as plt
         with style(): fig = plot_history(read_history(self.rows))
@@ -282,7 +287,7 @@ def run(self:Trainer) -> bool: # True when the run came to its end
             losses = self.update(x, self.step)
             if self.step % t.log == 0 or self.step == self.steps - 1: self.show(bar, self.log(losses, started))
             self.step += 1; bar.update()
-            if self.step % every == 0 or self.step == self.steps: self.look(bar)
+            if self.step == self.steps or self.step % every == 0 and self.step + every <= self.steps: self.look(bar)
             stop, save = self.decide(bool(asked), time.perf_counter() - saved > t.save * 60)
             if save: self.pause(started); saved = started = time.perf_counter()
             if stop: bar.write(f'stopped at step {self.step} of {self.steps}: saved, the same command goes on'); break
@@ -322,12 +327,12 @@ def board(out):
 
 # %% ../nbs/61_train.ipynb #aea293f1
 def fit(
-    r,                # recipe: a name, a YAML path, a `Recipe`, or nested dicts
+    r,                # recipe: a name, a YAML path, a Recipe, or nested dicts
     model:HJEPA|None=None, # to train on; None = a fresh one from the recipe's seed
-    data=None,        # images: an `ImageSet`, uint8 (N,3,H,W), or None = the recipe's data by name
+    data=None,        # images: an ImageSet, uint8 (N,3,H,W), or None = the recipe's data by name
     out=None,         # run directory; None = the next free runs/NAME. An interrupted run in it goes on
-    fresh:bool=False, # set an old run in `out` aside and start over
-    live:bool=False,  # draw the curves while training, in a notebook
+    fresh:bool=False, # set an old run in that folder aside and start over
+    live:bool|None=None, # draw the curves while training; None = in a notebook yes, elsewhere no
     **overrides,      # recipe keys: minutes=.5, optim__lr=1e-3
 ) -> Run:
     "Train a hierarchical JEPA."

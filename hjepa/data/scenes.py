@@ -56,7 +56,7 @@ _SDF = dict(
     moon=lambda x,y: np.maximum(np.hypot(x,y)-1, .8-np.hypot(x-.5,y)))
 
 def outline(
-    shape:str, # one of `SHAPES`
+    shape:str, # one of SHAPES
     x, y,      # arrays: coordinates in units of the radius of the disc with the same area
 )->np.ndarray: # signed distance in the same units, < 0 inside
     "Distance to the outline of a shape of area π"
@@ -65,9 +65,9 @@ def outline(
 
 # %% ../../nbs/data/10_scenes.ipynb #3dd23392
 def texture(
-    family:str, # one of `TEXTURES`
+    family:str, # one of TEXTURES
     x, y,       # (n,P) image coordinates in [-1,1]
-    p:dict,     # parameters of the same n images, from `params`
+    p:dict,     # parameters of the same n images, from params()
     px:float,   # pixels per unit of x and y
 )->np.ndarray:  # (n,P) in [0,1]: how much of the second colour
     "Share of the second colour at each point; half on average"
@@ -84,7 +84,7 @@ def texture(
 
 # %% ../../nbs/data/10_scenes.ipynb #5129760e
 def _places(
-    layout:np.ndarray, # (n,) index into `LAYOUTS`
+    layout:np.ndarray, # (n,) index into LAYOUTS
     u:np.ndarray,      # (n,24) uniform numbers
 )->np.ndarray:         # (n,6,2) centres, all within [-0.9,0.9]
     "Where the six companions stand"
@@ -128,7 +128,7 @@ def _grain(key, P):
     return ((x ^ (x >> np.uint32(16))) >> np.uint32(8)).astype(np.float32)*np.float32(2**-24) - np.float32(.5)
 
 def render(
-    p:dict,        # n images' factors, from `params`
+    p:dict,        # n images' factors, from params()
     size:int=32,   # pixels a side
 )->np.ndarray:     # (n,3,size,size) uint8
     "Paint images from their factors"

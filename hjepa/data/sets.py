@@ -38,7 +38,7 @@ class ImageSet:
     "Images with labels, and where they came from"
     name:str         # 'cifar10'
     split:str        # 'train' or 'test'
-    images:object    # uint8 Tensor (N,3,H,W), or a `Folder`
+    images:object    # uint8 Tensor (N,3,H,W), or a Folder
     labels:Tensor    # (N,) int64
     classes:tuple    # names of the classes
     source:str       # which source answered, in words
@@ -313,7 +313,7 @@ SETS['fashion_mnist'] = Named(
 class Folder:
     "A lazy sequence of images: [i] is uint8 (3,S,S), [a:b] or [indices] is (M,3,S,S)"
     def __init__(self,
-        items,         # paths of image files; or indices into `base`
+        items,         # paths of image files; or indices into base
         image:int=224, # S, pixels a side
         base=None,     # a sequence whose items start with a PIL image, such as a torchvision data set
     ): self.items, self.image, self.base = items, image, base

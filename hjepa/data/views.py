@@ -61,7 +61,7 @@ def draw_views(
 # %% ../../nbs/data/12_views.ipynb #15f57b0b
 def crop(
     x:Tensor,    # (B,C,H,W) float
-    box:Tensor,  # (B,4) as in `ViewDraw`
+    box:Tensor,  # (B,4) as in ViewDraw
     flip:Tensor, # (B,)
     size:int,    # side of the result, pixels
 ) -> Tensor:     # (B,C,size,size)

@@ -26,7 +26,7 @@ from .quality import quality, effective_rank, collapsed, participation_ratio, ra
 def arms(
     model, twin,       # trained, and its untrained twin
     train, test,       # ImageSets; train holds the labelled images
-    batch=500, cache=None, # see `level_features`
+    batch=500, cache=None, # see level_features()
 ) -> dict: # {arm: {level: (train features, test features)}}
     "Frozen features of the model and its controls."
     def both(m, pooled=False):
@@ -35,7 +35,7 @@ def arms(
     return dict(hjepa=both(model), untrained=both(twin), pixels={'pixels': (pixels(train), pixels(test))}, pooled_l0=both(model, True))
 
 def judge(
-    arms:dict,          # of `arms`
+    arms:dict,          # of arms()
     train_y, test_y,    # labels
     seed=0, progress=False,
 ) -> dict: # {probe: {arm: {level: Score}}}
@@ -53,7 +53,7 @@ def judge(
 
 # %% ../../nbs/evaluate/58_card.ipynb #09413c1e
 def headline(
-    scores:dict, # of `judge`
+    scores:dict, # of judge()
 ) -> dict: # {probe: {level, score, over: {control: {diff, lo, hi, level}}}}
     "The chosen level of the model against the chosen level of each control."
     out = {}
@@ -65,7 +65,7 @@ def headline(
     return out
 
 def coarse_levels(
-    scores:dict, q:list, q_twin:list, # of `judge`; of `quality` for model and twin
+    scores:dict, q:list, q_twin:list, # of judge(); of quality() for model and twin
 ) -> dict: # {level: {novelty, novelty_untrained, minus_pooled_l0: {probe: {diff, lo, hi}}, minus_untrained: same}}
     "Is a coarse level more than its children, pooled?"
     def minus(l, arm): return {p: paired(s['hjepa'][l].correct, s[arm][l].correct) for p, s in scores.items()}
@@ -89,7 +89,7 @@ def level_quality(
     return q
 
 def collapse(
-    q:list, q_twin:list, # of `level_quality`
+    q:list, q_twin:list, # of level_quality()
 ) -> dict: # erank_over_dim and between_image_energy: the lowest of the levels
     "Has anything collapsed? The worst level speaks."
     low = lambda k: min(o[k] for o in q)
@@ -124,7 +124,7 @@ def verdict(head:dict, coarse:dict, coll:dict) -> str:
     return ' '.join(say)
 
 # %% ../../nbs/evaluate/58_card.ipynb #99b361d4
-def plot_scores(scores:dict): # of `judge`
+def plot_scores(scores:dict): # of judge()
     "Accuracy of every arm by level, both probes."
     fig, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3), sharey=True)
     for ax, (p, by_arm) in zip(axes, scores.items()):
@@ -149,7 +149,7 @@ def read_history(history) -> dict: # {column: (T,) floats, nan where empty}
         except (TypeError, ValueError): return math.nan
     return {k: np.array([number(r.get(k)) for r in rows]) for k in dict.fromkeys(k for r in rows for k in r if k)}
 
-def plot_history(h:dict): # of `read_history`; None if there is nothing to draw
+def plot_history(h:dict): # of read_history(); None if there is nothing to draw
     "Loss per level over the run."
     levels = sorted((k for k in h if k.startswith('level_') and np.isfinite(h[k]).any()), key=lambda k: (len(k), k))
     rest = [k for k in ('whole', 'loss') if k in h and np.isfinite(h[k]).any()][:1]
@@ -186,7 +186,7 @@ def flat_maps(
             maps['UMAP'] = UMAP(n_neighbors=near, min_dist=.1, random_state=seed, n_jobs=1).fit_transform(pc)
     return {f'{k}, trust {trustworthiness(pc, m, n_neighbors=near - 1):.2f}': m for k, m in maps.items()}
 
-def plot_maps(maps:dict, labels, classes, level=''): # of `flat_maps`, (N,), names
+def plot_maps(maps:dict, labels, classes, level=''): # of flat_maps(), (N,), names
     "Maps side by side, at most ten classes coloured."
     fig, axes = plt.subplots(1, len(maps), figsize=(3.6*len(maps) + 1, 3.2), squeeze=False)
     for ax, (title, m) in zip(axes[0], maps.items()):
@@ -226,7 +226,7 @@ def plot_neighbours(
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #953f6389
-def plot_masks(model, images, n=4, seed=0): # model with `draw_masks`, (N,3,H,W) uint8 images
+def plot_masks(model, images, n=4, seed=0): # model with draw_masks(), (N,3,H,W) uint8 images
     "Visible pixels in colour, hidden ones dimmed; outlines are the cells asked at each level."
     g, p, r = torch.Generator().manual_seed(seed), model.pyramid, model.recipe
     L, V, x = len(p.cells), r.views.count, torch.stack([images[i] for i in range(n)]).cpu()
@@ -241,7 +241,7 @@ def plot_masks(model, images, n=4, seed=0): # model with `draw_masks`, (N,3,H,W)
         for ax, im in zip(row, [x[i] / 255, *[dimmed[0, i]]*L, *[dimmed[-1, i]]*len(other)]): ax.imshow(im.permute(1, 2, 0).clamp(0, 1).numpy()); hide_axes(ax)
         for l, ax in enumerate(row[1:L + 1]):
             for cy, cx in p.centres(l, m.origins[l])[m.targets[l][i].cpu()].tolist():
-                c = p.cells[l]; ax.add_patch(plt.Rectangle(((cx - c/2)*k - .5, (cy - c/2)*k - .5), c*k, c*k, fill=False, lw=1.2, ec='w'))
+                a = (p.cells[l] - .15)*k; ax.add_patch(plt.Rectangle((cx*k - a/2 - .5, cy*k - a/2 - .5), a, a, fill=False, lw=1.2, ec='w'))
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #99499c5f
@@ -292,7 +292,7 @@ def table(rows, head): # lists of cells
     return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---']*len(head), *rows])
 
 # %% ../../nbs/evaluate/58_card.ipynb #579faac7
-def markdown(r:dict) -> str: # of `report`
+def markdown(r:dict) -> str: # of report()
     "The card for people."
     num = lambda v, f='{:,.0f}': '–' if v is None else f.format(v)
     acc = lambda s: f"{100*s['acc']:.1f} [{100*s['lo']:.1f}, {100*s['hi']:.1f}]"

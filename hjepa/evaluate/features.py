@@ -29,7 +29,7 @@ def batches(
 @torch.no_grad()
 def encode(
     model,            # offers levels() and grids
-    images,           # see `batches`
+    images,           # see batches()
     pooled:bool=False,# the control: level 0 pooled to each level's grid
     fn=lambda z: z,   # what to keep of a level's (B,N_l,D_l)
     batch:int=500,
@@ -50,7 +50,7 @@ def encode(
     return out
 
 def cells(
-    model, images, # see `encode`
+    model, images, # see encode()
     pooled:bool=False, batch:int=500,
 ) -> list: # L tensors (N,N_l,D_l)
     "Every cell of every level. Large: N·N_l·D_l·4 bytes."

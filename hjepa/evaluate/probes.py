@@ -81,7 +81,7 @@ def score(pred, labels, val, loss=None, C=None) -> Score:
 # %% ../../nbs/evaluate/51_probes.ipynb #d4088819
 def standardise(
     train:Tensor,  # (N,F)
-    *others,       # (M,F) more features, mapped by the statistics of `train`
+    *others,       # (M,F) more features, mapped by the statistics of the first
 ) -> list: # standardised copies, float32
     "Mean 0, variance 1 on `train`."
     mu = train.mean(0, dtype=torch.float64).to(train.dtype)

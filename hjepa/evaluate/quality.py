@@ -86,7 +86,7 @@ def nest(
 @torch.no_grad()
 def novelty(
     parents:Tensor,  # (N,N_l,D)
-    children:Tensor, # (N,N_l,k·D), see `nest`
+    children:Tensor, # (N,N_l,k·D), see nest()
     rows:int=6000,   # at most so many cells are used, whole images
     seed:int=0,      # of the draw and the split of images
 ) -> float: # 0 = a linear function of the children, 1 = unrelated; nan if the parents are constant
@@ -112,7 +112,7 @@ def novelty(
 def quality(
     cells,   # L tensors (N,N_l,D_l), fine to coarse
     grids,   # L pairs (h,w)
-    rows:int=6000, # see `novelty`
+    rows:int=6000, # see novelty()
 ) -> list: # a dict a level; novelty is None at level 0
     "Ranks of the per-image means, between-image energy, novelty."
     out = []

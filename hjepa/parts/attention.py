@@ -55,7 +55,7 @@ class Block(nn.Module):
         return x + self.branch(self.mlp(self.norm2(x)), self.gain2)
 
 # %% ../../nbs/parts/22_attention.ipynb #1fc5e722
-def init_weights(m:nn.Module): # use as `module.apply(init_weights)` inside a part's constructor
+def init_weights(m:nn.Module): # use as module.apply(init_weights) inside a part's constructor
     "Glorot uniform for linear maps, zero for biases."
     if isinstance(m, nn.Linear):
         nn.init.xavier_uniform_(m.weight)

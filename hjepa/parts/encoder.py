@@ -21,7 +21,7 @@ class Encoder(nn.Module):
         image:int=32,     # side of the image, pixels
         patch:int=4,      # side of a patch, pixels
         dim:int=192, depth:int=12, heads:int=3, mlp:float=4.,
-        stem:str='linear',              # see `PatchEmbed`
+        stem:str='linear',              # see PatchEmbed
         registers:int=0,                # tokens that stand for no patch
         layer_scale:float|None=None, drop_path:float=0., qk_norm:bool=False, theta:float=100.,
         checkpoint:bool=False,          # recompute activations in the backward pass
@@ -54,7 +54,7 @@ def forward(self:Encoder,
     x:Tensor,               # (B,C,H,W) normalised images
     keep:Tensor|None=None,  # (B,K) visible patches; None = all
     depths=None,            # blocks to read, 1..depth; None = the last
-): # (B,K,D), or a list of them, one per entry of `depths`
+): # (B,K,D), or a list of them, one per entry of the depths asked for
     "Tokens of the visible patches. The last block's are normalised by the final LayerNorm, earlier ones are raw."
     grid = (x.shape[2] // self.embed.p, x.shape[3] // self.embed.p)
     rope, want, R, out = self.rope(keep, grid), depths or (self.depth,), 0, {}

@@ -62,7 +62,7 @@ def centres(self:Pyramid, level:int, origin=(0, 0), device=None) -> Tensor: # (N
 
 # %% ../../nbs/parts/24_pyramid.ipynb #e0455d24
 @patch
-def parent(self:Pyramid, level:int, origin=(0, 0)) -> Tensor: # (N,) cell of `level` that holds each patch; -1 = the border
+def parent(self:Pyramid, level:int, origin=(0, 0)) -> Tensor: # (N,) cell of level that holds each patch; -1 = the border
     "Which cell each patch belongs to."
     if self.is_top(level): return torch.zeros(self.grid[0]*self.grid[1], dtype=torch.long)
     c, (h, w) = self.cells[level], self.grids[level]
