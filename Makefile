@@ -23,7 +23,7 @@ $(STAMP): settings.ini setup.py
 
 install: $(STAMP) ## make .venv with everything in it
 
-demo: $(STAMP) ## train, judge and report on CIFAR-10, minutes on two cores (ARGS='minutes=1' changes the recipe)
+demo: $(STAMP) ## train, judge and report on CIFAR-10, minutes on two cores (ARGS='minutes=1 --fresh' changes the recipe and starts anew)
 	$(BIN)/hjepa train cifar10-cpu --fallback --out runs/demo $(ARGS)
 
 test: $(STAMP) ## the gates, the notebooks, the tests (FLAGS='slow' runs flagged cells too)

@@ -42,6 +42,7 @@ def build_whole(
     known = inspect.signature(cls).parameters
     for k in args:
         if k not in known: raise HJEPAError(f"{cls.__name__} has no argument '{k}' (whole.args)." + nearest(k, known))
+        if known[k].annotation in (int, float) and (isinstance(args[k], bool) or not isinstance(args[k], (int, float))): raise HJEPAError(f"whole.args.{k} is {args[k]!r} and must be a number.")
     return cls(**args)
 
 # %% ../nbs/40_model.ipynb #3e6f2ade

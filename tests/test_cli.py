@@ -73,6 +73,37 @@ def test_bad_output_places(folder, capsys):
     refused(capsys, [*words, '--out', folder/'file'], 'file')
     assert (folder/'file').read_text() == 'x'
 
+@pytest.mark.parametrize('word,needle', [('lr=.inf', 'optim.lr'), ('seed=-1', 'seed'), ('views.scale=[0.1', 'not YAML'), ('betas=[.9,1.]', 'betas'), ('clip=-1', 'clip'),
+    ('theta=0', 'theta'), ('mlp=0', 'mlp'), ('levels.weights=[1,-1]', 'levels.weights'), ('masks.predict=[40,9]', 'masks.predict'), ('masks.predict=[0,0]', 'masks.predict'),
+    ('aspect=[-1,2]', 'masks.aspect'), ('whole.args.lam=abc', 'whole.args.lam')])
+def test_senseless_values_are_refused(folder, capsys, word, needle):
+    refused(capsys, ['train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--out', folder/'r', word], needle)
+    assert not (folder/'r').exists()
+
+def test_conv_stem_that_cannot_halve(folder, capsys): refused(capsys, ['recipes', 'cifar10', 'stem=conv', 'patch=2', 'masks.hidden=[4,3,1]'], 'encoder.stem', 'stem=linear')
+
+def test_places_that_cannot_be_written(folder, capsys, monkeypatch):
+    words = ['train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--no-report']
+    (folder/'file').write_text('x')
+    refused(capsys, [*words, '--out', folder/'r', '--json', folder/'file'/'f.json'], '--json'); assert not (folder/'r').exists()    # before the training
+    refused(capsys, [*words, '--out', folder/'file'/'r'], 'file')
+    import hjepa.evaluate.card as card
+    monkeypatch.setattr(card.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    refused(capsys, [*words, '--out', folder/'full'], 'room on the disk'); assert not (folder/'full').exists() or not any((folder/'full').iterdir())
+
+def test_evaluate_leaves_the_report_of_a_run_alone(folder, capsys):
+    run, pics = folder/'run', f'data.name=folder:{folder}/pics'
+    assert main(capsys, 'train', 'cifar10-cpu', pics, *SMALL, '--out', run, '--no-umap')[0] == 0
+    before = (run/'report.json').read_bytes()
+    refused(capsys, ['evaluate', run, 'encoder.dim=64'], 'encoder.dim'); refused(capsys, ['evaluate', run, 'seed=3'], 'seed')
+    refused(capsys, ['evaluate', run, 'labelled=30'], '--out'); assert (run/'report.json').read_bytes() == before
+    assert main(capsys, 'evaluate', run, 'labelled=30', '--out', folder/'other', '--no-umap')[0] == 0
+    rep = json.loads((folder/'other'/'report.json').read_text())
+    assert rep['data']['labelled'] == 30 and rep['recipe']['data']['labelled'] == 60 and (folder/'other'/'figures'/'loss.png').exists()
+    facts = json.loads((run/'run.json').read_text())
+    (run/'run.json').write_text(json.dumps(facts | dict(commit='of the training')))
+    assert main(capsys, 'evaluate', run, '--no-umap')[0] == 0 and json.loads((run/'report.json').read_text())['commit'] == 'of the training'
+
 def test_nan_and_truncated_files(folder, capsys, monkeypatch):
     words = ['train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--no-report', '--out', folder/'r']
     assert main(capsys, *words)[0] == 0
@@ -87,6 +118,10 @@ def test_nan_and_truncated_files(folder, capsys, monkeypatch):
     assert all((folder/'r'/k).read_bytes() == v[:1000] if 'safetensors' in k else True for k, v in kept.items())
 
 # ---- what the commands print and write
+
+def test_recipes_as_json(capsys, tmp_path):
+    assert main(capsys, 'recipes', 'cifar10', '--json', tmp_path/'r.json')[0] == 0 and json.loads((tmp_path/'r.json').read_text())['encoder']['dim'] == 192
+    assert main(capsys, 'recipes', '--json', tmp_path/'all.json')[0] == 0 and json.loads((tmp_path/'all.json').read_text()).keys() == recipes.keys()
 
 def test_recipes(capsys):
     status, out, _ = main(capsys, 'recipes'); assert status == 0 and all(k in out for k in recipes)
@@ -135,7 +170,8 @@ def test_fallback_says_so(folder, capsys, monkeypatch):
     status, out, _ = main(capsys, *words, '--fallback')
     assert status == 0 and out.startswith('NOTE: cifar10') and 'scenes' in out.splitlines()[0]
     rep = json.loads((folder/'run'/'report.json').read_text())
-    assert rep['data']['name'] == 'scenes' and 'embedded scenes' in rep['note']
+    assert rep['data']['name'] == 'scenes' and 'embedded scenes' in rep['note'] and '**NOTE: cifar10' in (folder/'run'/'report.md').read_text()
+    assert main(capsys, 'evaluate', folder/'run', '--no-umap')[0] == 0 and '**NOTE: cifar10' in (folder/'run'/'report.md').read_text()
 
 # ---- in a process of its own
 
@@ -144,7 +180,8 @@ def test_stopped_run_is_130_and_saved(folder, sig, tmp_path):
     words = ['train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, 'steps=100000', 'save=.0005', '--no-report', '--out', str(folder/'r')]
     p = subprocess.Popen([sys.executable, '-c', 'import sys; from hjepa.cli import main; sys.exit(main(sys.argv[1:]))', *words], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.time() + 120
-    while p.poll() is None and time.time() < end and not (folder/'r'/'state.safetensors').exists(): time.sleep(.05)
+    begun = lambda: (f := folder/'r'/'state.safetensors').exists() and int(read_tensors(f)[1]['step']) > 0   # the first save is of step 0
+    while p.poll() is None and time.time() < end and not begun(): time.sleep(.05)
     p.send_signal(sig); out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'stopped: ' in out and 'Traceback' not in err, err[-2000:]
     load(folder/'r'); step = int(read_tensors(folder/'r'/'state.safetensors')[1]['step'])

@@ -118,8 +118,8 @@ def test_device_is_asked_for(tmp_path):
 
 def test_save_interval(tmp_path, monkeypatch):
     n = []; monkeypatch.setattr(Trainer, 'save', lambda self, f=Trainer.save: (n.append(self.step), f(self))[1])
-    fit(tiny(), data=images(), out=tmp_path/'a'); assert n == [6]
-    fit(tiny(train__save=1e-9), data=images(), out=tmp_path/'b'); assert n == [6, 1, 2, 3, 4, 5, 6, 6]
+    fit(tiny(), data=images(), out=tmp_path/'a'); assert n == [0, 6]
+    fit(tiny(train__save=1e-9), data=images(), out=tmp_path/'b'); assert n == [0, 6, 0, 1, 2, 3, 4, 5, 6, 6]
 
 def test_labelled_reaches_the_report(tmp_path, monkeypatch):
     import hjepa.cli as cli

@@ -120,7 +120,7 @@ def test_truncated_checkpoint(tmp_path, name, share):
 def test_foreign_checkpoint(tmp_path):
     from safetensors.torch import save_file
     save_file({'a': torch.zeros(2)}, tmp_path/'state.safetensors')
-    with pytest.raises(HJEPAError, match='no recipe'): go(tmp_path)
+    with pytest.raises(HJEPAError, match='start over with fresh'): go(tmp_path)
     hm.write_tensors(tmp_path/'model.safetensors', {'a': torch.zeros(2)}, dict(recipe=hm.to_yaml(tiny())))
     with pytest.raises(HJEPAError, match='do not fit'): load(tmp_path)
 

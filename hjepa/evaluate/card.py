@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['names', 'pts', 'arms', 'judge', 'headline', 'coarse_levels', 'level_quality', 'collapse', 'against', 'verdict',
-           'plot_scores', 'read_history', 'plot_history', 'flat_maps', 'plot_maps', 'plot_neighbours', 'plot_masks',
-           'commit', 'facts', 'write', 'table', 'markdown', 'draw', 'report']
+           'plot_scores', 'read_history', 'plot_history', 'flat_maps', 'plot_maps', 'plot_neighbours', 'shade',
+           'plot_masks', 'commit', 'facts', 'write', 'table', 'markdown', 'draw', 'report']
 
 # %% ../../nbs/evaluate/58_card.ipynb #a1664106
 import csv, json, math, os, subprocess, time, warnings
@@ -14,7 +14,7 @@ import numpy as np, torch
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from ..config import HJEPAError
+from ..config import HJEPAError, change, recipes
 from ..style import style, save, hide_axes, level_colors, arm_colors
 from ..data.views import draw_views, make_views
 from ..model import untrained
@@ -175,8 +175,8 @@ def flat_maps(
     "Two-dimensional maps of features."
     from sklearn.manifold import trustworthiness
     z, = standardise(x)
-    u, s, _ = torch.linalg.svd(z, full_matrices=False)
-    pc, share = (u * s)[:, :50].numpy(), float(s[:2].square().sum() / s.square().sum())
+    u, s, _ = torch.linalg.svd(z.double(), full_matrices=False)   # in single precision the last digits, and with them UMAP, would vary
+    pc, share = (u * s)[:, :50].float().numpy(), float(s[:2].square().sum() / s.square().sum())
     near = min(15, len(x) // 3)
     maps = {f'PCA, {100*share:.0f} % of variance': pc[:, :2]}
     if umap:
@@ -204,7 +204,7 @@ def _picture(x): # (C,H,W) uint8 -> (S,S,3) in [0,1], S at most 96
 def plot_neighbours(
     levels:dict,     # {level: (train features, test features)}
     train, test,     # ImageSets, labelled and test
-    queries=5, k=7, seed=0,
+    queries=4, k=6, seed=0,
 ):
     "Nearest labelled images of a few test images, at each level."
     ask = stratified_subset(test.labels, queries, seed)
@@ -226,17 +226,23 @@ def plot_neighbours(
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #953f6389
+def shade(x, seen): # (...,3,H,W) in [0,1], (...,1,H,W) of 0 and 1
+    "Hidden pixels in a pale violet that no photograph has, their picture faintly behind it."
+    tint = torch.tensor([.62, .52, .78])[:, None, None]
+    return seen * x + (1 - seen) * (.2 * x + .8 * tint)
+
 def plot_masks(model, images, n=4, seed=0): # model with draw_masks(), (N,3,H,W) uint8 images
-    "Visible pixels in colour, hidden ones dimmed; outlines are the cells asked at each level."
+    "Visible pixels as they are, hidden ones shaded; outlines are the cells asked at each level."
     g, p, r = torch.Generator().manual_seed(seed), model.pyramid, model.recipe
     L, V, x = len(p.cells), r.views.count, torch.stack([images[i] for i in range(n)]).cpu()
     views = make_views(x, draw_views(n, r.views, g), r.data.image, (0,)*3, (1,)*3)
     m, k = model.draw_masks(V*n, g), r.data.image // p.grid[0]
     seen = torch.zeros(V*n, p.sizes[0]).scatter(1, m.context.cpu(), 1).view(V, n, 1, *p.grid)
-    dimmed = views * (.2 + .8*seen.repeat_interleave(k, -1).repeat_interleave(k, -2))
-    other = ['the whole: another view'] if model.whole else []
+    dimmed = shade(views, seen.repeat_interleave(k, -1).repeat_interleave(k, -2))
+    other = [f'level {L}: another view'] if model.whole else []
     fig, axes = plt.subplots(n, 1 + L + len(other), figsize=(1.5*(1 + L + len(other)), 1.5*n + .3), squeeze=False)
     for ax, t in zip(axes[0], ['image', *(f'level {l}' for l in range(L)), *other]): ax.set_title(t, fontsize=8)
+    fig.supxlabel('shaded: hidden from the encoder; outlined: asked of the predictor at this level', fontsize=8)
     for i, row in enumerate(axes):
         for ax, im in zip(row, [x[i] / 255, *[dimmed[0, i]]*L, *[dimmed[-1, i]]*len(other)]): ax.imshow(im.permute(1, 2, 0).clamp(0, 1).numpy()); hide_axes(ax)
         for l, ax in enumerate(row[1:L + 1]):
@@ -259,11 +265,13 @@ def facts(model, recipe, train, test, labelled:int, run=None) -> dict: # run: di
     "Where the numbers come from."
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
     sha, dirty = commit()
+    shipped = recipes.get(getattr(recipe, 'name', None))
+    same = shipped and recipe == change(shipped(), **{f'train.{k}': v for k, v in recipe.train.model_dump().items() if k in ('minutes', 'steps', 'epochs') and v is not None}, seed=recipe.seed)
     out = dict(name=getattr(recipe, 'name', None), seed=getattr(recipe, 'seed', None),
         data=dict(name=test.name, source=test.source, train=len(train), labelled=labelled, test=len(test), classes=len(test.classes)),
-        recipe=recipe.model_dump(mode='json') if hasattr(recipe, 'model_dump') else str(recipe), commit=sha, dirty=dirty,
+        recipe=recipe.model_dump(mode='json') if hasattr(recipe, 'model_dump') else str(recipe), commit=sha, dirty=dirty, about=shipped.__doc__ if same else None,
         device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else f'{dev.type}, {torch.get_num_threads()} threads',
-        torch=torch.__version__, params=sum(p.numel() for p in model.parameters()))
+        torch=torch.__version__, params=sum(p.numel() for p in getattr(model, 'encoder', model).parameters()))
     out |= dict.fromkeys(('train_seconds', 'images_seen', 'images_per_second', 'flops_per_image')) | (run or {})
     if out['flops_per_image'] is None and hasattr(model, 'step_cost'): out['flops_per_image'] = model.step_cost()['flops_per_image']
     if out['images_per_second'] is None and out['images_seen'] and out['train_seconds']:
@@ -301,14 +309,16 @@ def markdown(r:dict) -> str: # of report()
     cell = lambda p, a, l, s: flag(p, a, l) + acc(s[l] if l in s else s['pixels']) + flag(p, a, l)
     rows = [[names[p], a] + [cell(p, a, l, s) for l in levels] for p, by in r['scores'].items() for a, s in by.items()]
     low = lambda l: [num(o[k], '{:.3f}') for o in (c['levels'][l], c['untrained'][l]) for k in ('erank_over_dim', 'between_image_energy')]
-    text = [f"# Report card: {r['name']}", r['verdict'],
+    text = [f"# Report card: {r['name']}", *([f"**NOTE: {r['note']}**"] if r.get('note') else []), r['verdict'], *([f"About this recipe. {r['about']}"] if r.get('about') else []),
         f"{d['name']} ({d['source']}); {d['labelled']:,} labelled of {d['train']:,} training images, {d['test']:,} test images, "
         f"{d['classes']} classes. Accuracy in %, with 95 % bootstrap intervals over test images; "
         "the level in bold was chosen on a held-out tenth of the labelled images. "
-        "One training seed: the spread over seeds is not in these intervals.",
+        "One training seed and one draw of labelled images: how much those move the figures is not in the intervals.",
         table(rows, ['probe', 'features'] + [f'level {l}' for l in levels]),
         '## Is a coarse level more than pooling?',
-        'Novelty: 0 = a linear function of its children, 1 = unrelated. Differences in points of accuracy.',
+        'Novelty: 0 = a linear function of its children, 1 = unrelated. Differences in points of accuracy. A level reads a block of the encoder, pooled; '
+        '`pooled_l0` reads the block of level 0 on the same grid. So a difference says what the deeper block holds. Whether *predicting* at that level put it there, '
+        'only a second run without the prediction can tell (`prediction.weight=0`).',
         table([[l, num(o['novelty'], '{:.3f}'), num(o['novelty_untrained'], '{:.3f}'), *map(pts, o['minus_pooled_l0'].values())]
                for l, o in r['coarse'].items()], ['level', 'novelty', 'untrained', 'linear − pooled_l0', 'k-NN − pooled_l0']),
         '## Collapse?', table([[l, *low(l)] for l in levels],
