@@ -20,7 +20,7 @@ from ..data.views import draw_views, make_views
 from ..model import untrained
 from .features import level_features, cells, pixels
 from .probes import linear_probe, knn_probe, choose_level, paired, standardise, stratified_subset
-from .quality import quality, effective_rank, collapsed, participation_ratio, rankme
+from .quality import quality, spectrum
 
 # %% ../../nbs/evaluate/58_card.ipynb #ce7a74f1
 def arms(
@@ -83,9 +83,7 @@ def level_quality(
     size = max(g[0]*g[1]*f.shape[1] for g, f in zip(model.grids, features))
     few = train.subset(stratified_subset(train.labels, max(10, min(2000, 2**26 // size)), seed))
     q = quality(cells(model, few, batch=batch), model.grids)
-    for o, f in zip(q, features):
-        o.update(effective_rank=effective_rank(f), erank_over_dim=effective_rank(f) / f.shape[1], rankme=rankme(f),
-                 participation_ratio=participation_ratio(f), collapsed=collapsed(f))
+    for o, f in zip(q, features): o.update(spectrum(f))              # on all labelled images
     return q
 
 def collapse(
