@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['C_grid', 'stratified_subset', 'bootstrap', 'paired', 'Score', 'score', 'standardise', 'fit_logistic', 'logits',
-           'classify', 'principal', 'held_out', 'linear_probe', 'knn_predict', 'knn_probe', 'choose_level']
+           'classify', 'principal', 'held_out', 'linear_probe', 'knn_predict', 'knn_probe', 'few_shot', 'train_heads',
+           'best_head', 'sgd_probe', 'AttentiveHead', 'attentive_probe', 'choose_level']
 
 # %% ../../nbs/evaluate/51_probes.ipynb #35d93d99
 from dataclasses import dataclass, replace
 import numpy as np, torch
 import torch.nn.functional as F
-from torch import Tensor
+from scipy import stats
+from torch import nn, Tensor
 from ..config import HJEPAError
+from ..optim import learning_rate
+from ..parts.attention import Block
 
 # %% ../../nbs/evaluate/51_probes.ipynb #0d377d15
 def stratified_subset(
@@ -206,6 +210,101 @@ def knn_probe(
     n, (fit, val) = int(torch.cat([train_y, test_y]).max()) + 1, held_out(train_y, seed)
     v = (knn_predict(x[fit], train_y[fit], x[val], n, k, tau) == train_y[val]).float().mean()
     return score(knn_predict(x, train_y, xt, n, k, tau), test_y, val=float(v))
+
+# %% ../../nbs/evaluate/51_probes.ipynb #51a00002
+def few_shot(
+    train_x:Tensor, train_y:Tensor, # (N,F), (N,)
+    test_x:Tensor, test_y:Tensor,   # (M,F), (M,)
+    shots:int=5,     # labelled images a class
+    tries:int=10,    # draws, seeds 0, 1, …
+    C:float=1.,      # inverse regularisation
+) -> dict: # mean accuracy over draws 'acc', its 95 % t-interval 'lo', 'hi', and 'each' draw; shares
+    "Logistic regression from a few images a class."
+    _check(train_x, train_y, test_x, test_y)
+    if tries < 2: raise HJEPAError(f'An interval over draws needs at least 2 and got tries={tries}: raise it.')
+    kinds, count = train_y.unique(return_counts=True)
+    if count.min() < shots: raise HJEPAError(f'{shots}-shot needs {shots} images of every class and class {int(kinds[count.argmin()])} has {int(count.min())}: lower shots.')
+    x, xt = standardise(train_x, test_x)
+    n, each = int(torch.cat([train_y, test_y]).max()) + 1, []
+    for seed in range(tries):
+        rng = np.random.default_rng(seed)
+        i = torch.from_numpy(np.concatenate([rng.choice(np.flatnonzero(train_y.numpy() == c), shots, replace=False) for c in kinds.tolist()]))
+        lam, v = principal(x[i])
+        w, _ = fit_logistic(x[i] @ v, train_y[i], n, C, lam)
+        each.append(float((classify(xt @ v, w) == test_y).float().mean()))
+    m, half = np.mean(each), stats.t.ppf(.975, tries - 1) * np.std(each, ddof=1) / tries**.5
+    return dict(acc=float(m), lo=float(m - half), hi=float(m + half), each=each)
+
+# %% ../../nbs/evaluate/51_probes.ipynb #51a00006
+def train_heads(
+    heads:list,        # modules, (B,…) features -> (B,K) logits
+    optimizer,         # groups -> optimizer; a group a head
+    lrs:list,          # peak learning rate of each head
+    x:Tensor, y:Tensor,# (N,…), (N,) to fit
+    steps:int, batch:int, warmup:int=0, seed:int=0,
+):
+    "Train heads side by side, on the same batches; warm-up, then a cosine to 0."
+    g, n = torch.Generator().manual_seed(seed), len(x)
+    opt = optimizer([dict(params=list(h.parameters()), lr=lr) for h, lr in zip(heads, lrs)])
+    for s in range(steps):
+        for group, lr in zip(opt.param_groups, lrs): group['lr'] = learning_rate(s, steps, lr, 0., warmup / steps)
+        i = torch.randint(n, (min(batch, n),), generator=g)
+        sum(F.cross_entropy(h(x[i]), y[i]) for h in heads).backward()
+        opt.step(); opt.zero_grad()
+
+def best_head(heads, x, y, fit, val, xt, yt) -> Score:
+    "The head with the lowest held-out loss, on the test set."
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(h.eval()(x[val]), y[val]).nan_to_num(torch.inf)) for h in heads]
+        h = heads[int(np.argmin(losses))]
+        big = lambda t: torch.cat([h(c) for c in t.split(1000)]).argmax(1)
+        return score(big(xt), yt, val=float((big(x[val]) == y[val]).float().mean()), loss=min(losses))
+
+# %% ../../nbs/evaluate/51_probes.ipynb #51a00007
+def _linear_heads(n, F_, k, seed, std=.01):
+    "n linear maps, weights drawn from the seed."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed); heads = [nn.Linear(F_, k) for _ in range(n)]
+        for h in heads: nn.init.normal_(h.weight, std=std); nn.init.zeros_(h.bias)
+    return heads
+
+def sgd_probe(
+    train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # (N,F), (N,), (M,F), (M,)
+    lrs=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, .1), # for a batch of 256
+    norm:bool=False,   # MAE's batch norm without scale in front of each head (arXiv 2111.06377)
+    steps:int=1250, batch:int=256, seed:int=0,
+) -> Score:
+    "DINOv2's linear evaluation (arXiv 2304.07193), on cached features."
+    _check(train_x, train_y, test_x, test_y)
+    fit, val = held_out(train_y, seed); k = int(torch.cat([train_y, test_y]).max()) + 1
+    heads = _linear_heads(len(lrs), train_x.shape[1], k, seed)
+    if norm: heads = [nn.Sequential(nn.BatchNorm1d(train_x.shape[1], affine=False, eps=1e-6), h) for h in heads]
+    train_heads(heads, lambda gs: torch.optim.SGD(gs, momentum=.9), [lr * batch / 256 for lr in lrs], train_x[fit], train_y[fit], steps, batch, seed=seed)
+    return best_head(heads, train_x, train_y, fit, val, test_x, test_y)
+
+# %% ../../nbs/evaluate/51_probes.ipynb #51a00009
+class AttentiveHead(nn.Module):
+    "One learned query reads all tokens through a cross-attention block, then a linear map."
+    def __init__(self, dim:int, classes:int, heads:int): # token width, K, attention heads
+        super().__init__()
+        self.query, self.block = nn.Parameter(torch.empty(1, 1, dim)), Block(dim, heads, cross=True)
+        self.read, self.norm, self.out = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.query, std=.02)
+    def forward(self, t): # (B,M,D) tokens -> (B,K)
+        return self.out(self.norm(self.block(self.query.expand(len(t), -1, -1), context=self.read(t))[:, 0]))
+
+def attentive_probe(
+    train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # (N,M,D) tokens, (N,), (M',M,D), (M',)
+    heads:int=4,    # of the probe's attention
+    lr:float=1e-3, wd:float=1e-3, epochs:int=20, batch:int=256, seed:int=0,
+) -> Score:
+    "V-JEPA's attentive probe (arXiv 2404.08471), on cached tokens."
+    if train_x.ndim != 3: raise HJEPAError(f'The attentive probe reads tokens (N,M,D) and got {tuple(train_x.shape)}: use cells(), not means.')
+    fit, val = held_out(train_y, seed); k = int(torch.cat([train_y, test_y]).max()) + 1
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); head = AttentiveHead(train_x.shape[2], k, heads)
+    steps = epochs * max(1, len(fit) // batch)
+    train_heads([head], lambda gs: torch.optim.AdamW(gs, weight_decay=wd), [lr], train_x[fit], train_y[fit], steps, batch, seed=seed)
+    return best_head([head], train_x, train_y, fit, val, test_x, test_y)
 
 # %% ../../nbs/evaluate/51_probes.ipynb #ff624cf7
 def choose_level(
