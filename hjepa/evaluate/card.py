@@ -396,19 +396,21 @@ def report(
     history=None,      # path of history.csv, or rows
     run=None,          # dict of the training's facts: train_seconds, images_seen, images_per_second, flops_per_image …
     umap=True, batch=500, cache=None, progress=True,
+    twin=None,         # the untrained twin; None = the recipe's
+    **more,            # further entries of report.json
 ) -> dict: # what report.json holds
     "Judge a model beside its controls; write report.json, report.md and figures/."
     t, seconds = time.perf_counter(), {}
     def lap(k): nonlocal t; seconds[k], t = time.perf_counter() - t, time.perf_counter()
     some = train.subset(stratified_subset(train.labels, labelled, seed))
-    twin = untrained(recipe).to(next(model.parameters()).device)
+    twin = (twin or untrained(recipe)).to(next(model.parameters()).device)
     feats = arms(model, twin, some, test, batch, cache); lap('features')
     scores = judge(feats, some.labels, test.labels, seed, progress); lap('probes')
     q, q_twin = (level_quality(m, [x for x, _ in feats[a].values()], some, seed, batch) for m, a in ((model, 'hjepa'), (twin, 'untrained')))
     head, coarse, coll = headline(scores), coarse_levels(scores, q, q_twin), collapse(q, q_twin); lap('quality')
     figures = draw(model, feats, scores, some, test, head['linear']['level'], out, history, umap, seed); lap('figures')
     r = _plain(facts(model, recipe, train, test, len(some), run) | dict(mode='mean', verdict=verdict(head, coarse, coll), headline=head,
-        collapse=coll, coarse=coarse, figures=figures, evaluate_seconds=seconds,
+        collapse=coll, coarse=coarse, figures=figures, evaluate_seconds=seconds, **more,
         scores={p: {a: {l: s.json() for l, s in ls.items()} for a, ls in by.items()} for p, by in scores.items()}))
     write(Path(out)/'report.json', json.dumps(r, indent=1, allow_nan=False)); save_answers(scores, test.labels, out)
     write(Path(out)/'report.md', markdown(r)); write(Path(out)/'report.html', html(markdown(r), out))
