@@ -44,8 +44,8 @@ Share = Annotated[float, Field(ge=0, le=1)] # a probability, or a share
 
 class Views(Branch):
     count:int = Field(2, ge=1)        # global views of each image in a batch
-    kind:Literal['jitter', '3aug', 'weak'] = 'jitter' # colours shift; and one of grey, solarise, blur; the crop alone
-    crop:Literal['resized', 'simple'] = 'resized' # scale and ratio drawn; or the whole short side, moved along the long one
+    kind:Literal['jitter', '3aug', 'weak'] = 'jitter' # colours shift | also one of grey, solarise, blur, as DeiT III | the crop alone, as I-JEPA, whatever else is set
+    crop:Literal['resized', 'simple'] = 'resized' # scale and ratio drawn | DeiT III's: the whole short side, moved along the long one
     scale:tuple[float, float] = (.3, 1.)   # area of a crop, share of the image
     ratio:tuple[float, float] = (3/4, 4/3) # aspect ratio of a crop
     pad:float = Field(4/224, ge=0, lt=1) # mirrored border that crop='simple' may reach into, share of the short side

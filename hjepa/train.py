@@ -353,13 +353,14 @@ def board(out):
 def fit(
     r,                # recipe: a name, a YAML path, a Recipe, or nested dicts
     model:HJEPA|None=None, # to train on; None = a fresh one from the recipe's seed
-    data=None,        # images: an ImageSet, uint8 (N,3,H,W), or None = the recipe's data by name
+    data=None,        # images: a name (it goes into the recipe), an ImageSet, uint8 (N,3,H,W), or None = the recipe's by name
     out=None,         # run directory; None = the next free runs/NAME. An interrupted run in it goes on
     fresh:bool=False, # set an old run in that folder aside and start over
     live:bool|None=None, # draw the curves while training; None = in a notebook yes, elsewhere no
     **overrides,      # recipe keys: minutes=.5, optim__lr=1e-3
 ) -> Run:
     "Train a hierarchical JEPA."
+    if isinstance(data, str): overrides['data.name'], data = data, None
     r = recipe(r, **overrides)
     for k in ('encoder', 'levels', 'masks', 'predictor', 'prediction', 'whole') if model is not None else ():
         if getattr(model.recipe, k) != getattr(r, k): raise HJEPAError(f"The model's {k} is not the recipe's: pass the recipe the model was built with (model.recipe).")

@@ -212,6 +212,18 @@ def test_pictures_train_as_bytes_do(tmp_path, monkeypatch, kw):
     for p, q in zip(a.history, b.history):
         assert p['loss'] != q['loss'] and all(abs(p[k] - q[k]) < .02*max(1, abs(p[k])) for k in p if k == 'loss' or k.startswith('level'))
 
+def test_shares_of_a_mixture_are_facts(tmp_path, monkeypatch, capsys):
+    class Mixed(Pictures):
+        def part_of(self, i): return torch.as_tensor(i) % 2
+    monkeypatch.setattr(ht, 'Loader', Cutting); monkeypatch.setattr(Cutting, 'shares', lambda self: {'a': self.step / 4, 'b': .5}, raising=False)
+    run = fit(tiny(train__steps=2), data=Mixed(images()), out=tmp_path)
+    assert run.facts['shares'] == {'a': .5, 'b': .5} and 'drawn from: a 50.0%, b 50.0%' in capsys.readouterr().out
+
+def test_data_by_name_goes_into_the_recipe(tmp_path, monkeypatch):
+    asked = []; monkeypatch.setattr(ht, 'load_images', lambda name, split, image: (asked.append((name, split, image)), images())[1])
+    run = fit(tiny(train__steps=1), data='mix:a=1,b=2', out=tmp_path)
+    assert asked == [('mix:a=1,b=2', 'train', 32)] and run.recipe.data.name == 'mix:a=1,b=2' and 'mix:a=1,b=2' in (tmp_path/'config.yaml').read_text()
+
 def test_workers_cut_what_one_process_would():
     r, x = tiny(views__local=2, views__local_size=8), [TF.to_pil_image(torch.randint(256, (3, 40 + i, 70 - i), dtype=torch.uint8, generator=gen(i))) for i in range(8)]
     make, threads = pickle.loads(pickle.dumps(Crops(r))), torch.get_num_threads()

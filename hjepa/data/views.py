@@ -99,10 +99,11 @@ def crop(
 ) -> Tensor:     # (B,C,size,size)
     "Bilinear crops; over the border the image goes on as in a mirror."
     cy, cx, h, w = box.unbind(-1)
-    zero, over = torch.zeros_like(cy), (box[:, :2].abs() + box[:, 2:] > 1.0001).any()
+    zero = torch.zeros_like(cy)
     theta = torch.stack((torch.stack((w*flip, zero, cx), -1), torch.stack((zero, h, cy), -1)), -2)
     grid = F.affine_grid(theta.to(x.device), (len(x), x.shape[1], size, size), align_corners=False)
-    return F.grid_sample(x, grid, mode='bilinear', padding_mode='reflection' if over else 'border', align_corners=False)
+    if (box[:, :2].abs() + box[:, 2:] > 1.0001).any(): grid = torch.where(grid.abs() > 1, 2*grid.sign() - grid, grid)
+    return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
 # %% ../../nbs/data/12_views.ipynb #69e50a0c
 def normalise(x:Tensor, mean, std) -> Tensor: # (...,3,H,W) uint8 or float in [0,1] -> float32
