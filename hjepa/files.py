@@ -118,7 +118,7 @@ def download(
     except (OSError, HTTPException) as e:
         if getattr(e, 'errno', None) in DISK_FULL:
             part.unlink(); raise DataError(f'the disk of {to.parent} filled up: make room, or set HJEPA_DATA to another disk') from e
-        total, why = float('inf'), f'the connection broke ({getattr(e, "reason", None) or e})'
+        r = getattr(e, 'reason', e); total, why = float('inf'), f'the connection broke ({getattr(r, "strerror", None) or r})'
     if size()<total: raise DataError(f'{why} after {size()/1e6:.0f} MB, which are kept: ask again to go on')
     with open(part, 'rb') as f: right = hashlib.file_digest(f, 'md5').hexdigest()==md5
     if not right: part.unlink(); raise DataError(f'{to.name} is not the published file')
@@ -136,7 +136,8 @@ def unpack(
             else:
                 with tarfile.open(archive) as tar: tar.extractall(tmp, filter='data')
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise DataError(f'{archive} cannot be unpacked ({e}): delete it, and it will be brought again.') from e
+        why = 'it is no archive' if 'not be opened' in str(e) else ' '.join(str(e).split())
+        raise DataError(f'{archive} cannot be unpacked ({why}): delete it, and it will be brought again.') from e
 
 # %% ../nbs/02_files.ipynb #4b741761
 def npm_pack(

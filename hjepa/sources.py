@@ -78,9 +78,10 @@ def read_idx(path)->np.ndarray: # uint8, as many dimensions as the file says
         with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f: b = f.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise DataError(f'{path} is cut short or damaged ({e})') from e
     if b[:3]!=b'\0\0\x08': raise DataError(f'{path} is not an idx file of bytes')
-    shape = np.frombuffer(b[4:4+4*b[3]], '>i4')
-    if len(b)-4-4*b[3]!=np.prod(shape, dtype=np.int64): raise DataError(f'{path} is cut short')
-    return np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(shape)
+    head = 4+4*b[3] if len(b)>3 else 4
+    shape = np.frombuffer(b[4:head], '>i4') if len(b)>=head else [-1]
+    if len(b)-head!=np.prod(shape, dtype=np.int64): raise DataError(f'{path} is cut short')
+    return np.frombuffer(b, np.uint8, offset=head).reshape(shape)
 
 def idx_set(places)->dict: # folders
     "The four idx files, from the first folder that has them all"

@@ -105,7 +105,10 @@ def _reason(e)->str: # the words of an exception, without torchvision's advice, 
 def _ask(name:str, folder:Path, progress:bool): # ({split: (images, labels)}, source), from the first source with the right bytes
     tried, s = [], SETS[name]
     for source,get in s.sources:
-        try: splits = get(folder, progress)
+        try:
+            splits = get(folder, progress)
+            for k,(x,y) in splits.items():
+                if len(x)!=len(y): raise DataError(f'{len(x)} {k} images and {len(y)} labels')
         except Exception as e: tried.append(f'{source}: {_reason(e)}'); continue
         wrong = [f'{k} {what}' for k,two in s.sums.items() for what,a,b in zip(('images','labels'), splits[k], two) if checksum(a)!=b]
         if not wrong: return splits, source
@@ -237,7 +240,7 @@ def _open_torchvision(name:str, split:str, root:Path, fetch:bool): # (data set, 
     def make(folder, split, download):
         for v in values[split]:
             kw = ({'root':folder} if 'root' in sig else {}) | ({'download':download} if 'download' in sig else {}) | ({key:v} if key else {})
-            try: return cls(**kw), ''
+            try: ds = cls(**kw); len(ds); return ds, ''
             except Exception as e: why = f'{type(e).__name__}: {_reason(e)}'
         return None, why
     for folder in (root, root/name, root/name.lower()):
