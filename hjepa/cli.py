@@ -7,7 +7,7 @@ __all__ = ['overrides', 'number', 'say_json', 'can_write', 'sets_of', 'train', '
            'bench', 'show_recipes', 'parser', 'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
-import argparse, json, os, re, sys, tempfile, time
+import argparse, json, os, re, sys, tempfile, time, warnings
 from pathlib import Path
 import yaml
 
@@ -16,9 +16,12 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 # %% ../nbs/91_cli.ipynb #55ff3422
 from .config import HJEPAError, full_key, nearest, recipe, recipes, to_yaml
-from .data.sets import DataError, data_root, load as load_images
+from .style import save
+from .files import DataError, data_root, write
+from .data.sets import load as load_images
+from .data.look import describe, in_words, show
 from .model import load
-from .evaluate.card import compare, names, pts, report, table, write
+from .evaluate.card import compare, names, pts, report, table
 from .train import fit, read_rows
 from .bench import bench_recipe, bench_step
 
@@ -102,13 +105,20 @@ def compare_cards(args):
 
 # %% ../nbs/91_cli.ipynb #2205eaf1
 def data(args):
-    "Fetch a data set and say what it is."
+    "Fetch a data set, describe it, or draw it."
+    verb, name = args.words if len(args.words) == 2 else ['info', *args.words][:2]
+    if verb not in ('fetch', 'info', 'show') or len(args.words) > 2: raise HJEPAError(f"'{' '.join(args.words)}' is not fetch, info or show and a name: write for example hjepa data info cifar10.")
     out = {}
-    for split in ('train', 'test'):
-        s = load_images(args.name, split)
-        out[split] = dict(images=len(s), classes=len(s.classes), source=s.source, shape=list(s.images[0].shape))
-        print(f'{split:6}{len(s):>9,} images {tuple(s.images[0].shape)}  {len(s.classes)} classes  from {s.source}')
-    print(f'cached under {data_root()}')
+    for split in [args.split] if args.split else ['train'] if verb == 'show' else ['train', 'test']:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always', UserWarning)
+            s = load_images(name, split, fetch=verb == 'fetch')
+            if verb == 'info': out[split] = describe(s, progress=True); print(in_words(split, out[split]), flush=True)
+            else: out[split] = dict(images=len(s), classes=len(s.classes), source=s.source)
+            if verb == 'fetch': print(f'{split:6}{len(s):>9,} images, {len(s.classes)} classes, from {s.source}', flush=True)
+            if verb == 'show': out[split]['picture'] = str(save(show(s), args.out or re.sub(r'[^\w.-]+', '_', name) + '.png')); print(out[split]['picture'])
+        for w in told: print(f'hjepa: {w.message}', file=sys.stderr)
+    if verb == 'fetch': print(f'kept under {data_root()}')
     say_json(args, out)
 
 def bench(args):
@@ -146,7 +156,9 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument('model', help='a run directory or a model.safetensors'); q.add_argument('change', **more)
     q.add_argument('--out', help='where the report goes (default: beside the model)'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(compare_cards, 'compare', 'put report cards side by side, with paired differences', 'hjepa compare runs/demo runs/try'); q.add_argument('folder', nargs='+', help='run directories with a report card each; the first is what the others are compared with')
-    q = add(data, 'data', 'fetch a data set and describe it', 'hjepa data cifar10'); q.add_argument('name', help='cifar10, fashion_mnist, scenes, folder:PATH, torchvision:NAME')
+    q = add(data, 'data', 'fetch a data set, say what it is (info), or draw it (show)', 'hjepa data show cifar10 --out cifar10.png')
+    q.add_argument('words', nargs='+', metavar='[fetch|info|show] NAME', help='what to do (default: info), and cifar10, scenes, stl10_unlabelled, folder:PATH, mix:cifar10=0.5,scenes=0.5, ...')
+    q.add_argument('--split', choices=['train', 'test'], help='one split only'); q.add_argument('--out', metavar='PNG', help='where show writes its picture (default: NAME.png)')
     add_bench(add)
     q = add(show_recipes, 'recipes', 'list the recipes or print one', 'hjepa recipes cifar10-cpu'); q.add_argument('name', nargs='?'); q.add_argument('change', **more)
     return p

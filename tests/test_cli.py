@@ -61,7 +61,7 @@ def test_mistakes_are_2_and_name_the_cure(folder, capsys):
     refused(capsys, ['train', 'cifar10-cpu', pics, *SMALL, 'device=tpu'], "'tpu' is unknown")
     refused(capsys, ['train', folder/'no.yaml'], 'No recipe file')
     refused(capsys, ['evaluate', folder/'nowhere'], 'nowhere', 'check the path')
-    refused(capsys, ['data', 'cifar100'], "Unknown data set 'cifar100'")
+    refused(capsys, ['data', 'cifar1000'], "Unknown data set 'cifar1000'", 'cifar100'); refused(capsys, ['data', 'draw', 'scenes'], 'fetch, info or show')
     refused(capsys, ['recipes', 'cifar'], "Unknown recipe 'cifar'")
     assert not (folder/'runs').exists()
 

@@ -3,6 +3,7 @@ import errno, hashlib, io, json, os, pickle, subprocess, sys, tarfile, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+from hjepa import files, sources
 from hjepa.config import HJEPAError
 from hjepa.data import sets
 from hjepa.data.scenes import scenes
@@ -54,10 +55,10 @@ def test_killed_process_leaves_no_half_and_next_call_works(home, monkeypatch):
             "n = []; save = np.save\ndef die(f, a):\n    save(f, a); n.append(f)\n    if len(n)==2: os.kill(os.getpid(), 9)\n"
             "np.save = die\nsets.load('tiny')")
     assert subprocess.run([sys.executable, '-c', code]).returncode==-9
-    assert not (home/'tiny'/'arrays').exists() and list((home/'tiny').glob('.import-*'))
+    assert not (home/'tiny'/'arrays').exists() and list((home/'tiny').glob('.part-*'))
     tiny(monkeypatch, good)
     assert torch.equal(load('tiny').labels, torch.from_numpy(TINY['train'][1].astype(np.int64)))
-    assert not list((home/'tiny').glob('.import-*'))
+    assert not list((home/'tiny').glob('.part-*'))
 
 def test_cached_set_asks_nobody_and_damage_is_noticed(home, monkeypatch):
     tiny(monkeypatch, good); a = load('tiny', 'test')
@@ -99,8 +100,8 @@ def test_archive_that_is_there_is_unpacked_again_after_a_kill(home, monkeypatch)
             i = tarfile.TarInfo(f'{CIFAR10.base_folder}/{name}'); i.size = len(b); tar.addfile(i, io.BytesIO(b)); sums[name] = hashlib.md5(b).hexdigest()
     for k,v in dict(train_list=[['data_batch_1', sums['data_batch_1']]], test_list=[['test_batch', sums['test_batch']]], tgz_md5=hashlib.md5((d/CIFAR10.filename).read_bytes()).hexdigest(),
                     meta=dict(filename='batches.meta', key='label_names', md5=sums['batches.meta'])).items(): monkeypatch.setattr(CIFAR10, k, v)
-    monkeypatch.setattr(sets, 'reach', lambda *_: pytest.fail('asked the network'))
-    got = sets._torchvision_cifar10(home/'cifar10', False)
+    monkeypatch.setattr(files, 'reach', lambda *_: pytest.fail('asked the network'))
+    got = sources.cifar('CIFAR10', home/'cifar10', False)
     assert got['train'][0].shape==(3,32,32,3) and got['test'][1].tolist()==[0,1,2]
 
 def test_pickled_labels_refused(home, monkeypatch):
@@ -124,7 +125,7 @@ def test_sprites_with_the_right_sums_become_the_set(home, monkeypatch):
         for i,p in enumerate(parts):
             sheet = p.reshape(-1, 10, 32, 32, 3).swapaxes(1, 2).reshape(-1, 320, 3)
             Image.fromarray(sheet).save(d/(f'train-{i}.webp' if s=='train' else 'test.webp'), lossless=True)
-    tiny(monkeypatch, sets.import_sprites)
+    tiny(monkeypatch, sources.import_sprites)
     for s,(x,y) in TINY.items():
         got = load('tiny', s, progress=False)
         assert np.array_equal(got.images.permute(0,2,3,1).numpy(), x) and got.labels.tolist()==y.tolist() and got.labels.dtype==torch.int64
