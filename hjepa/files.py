@@ -47,10 +47,10 @@ def whole(
         os.replace(tmp, path)
     except (OSError, *also) as e:
         why = 'the disk is full' if getattr(e, 'errno', None) in DISK_FULL else getattr(e, 'strerror', None) or e
-        raise error(f'{path} could not be written ({why}): make room on the disk, or {cure}.') from e
+        raise error(f'{path} could not be written ({why}): make room on the disk, or {cure}; what was there before is whole.') from e
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
-        else: tmp.unlink(missing_ok=True)
+        elif tmp.exists(): tmp.unlink()
 
 def write(path, data): # bytes, or text (UTF-8)
     "Write a small file, whole or not at all"

@@ -12,9 +12,10 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .config import HJEPAError, Recipe, from_yaml, nearest, recipe, to_yaml
+from .files import whole
 from .data.views import normalise
 from .parts.patch import gather
 from .parts.encoder import Encoder
@@ -186,16 +187,10 @@ def step_cost(self:HJEPA, batch:int=4) -> dict: # flops_per_image, tokens per im
 # %% ../nbs/40_model.ipynb #ddee4458
 def write_tensors(path, tensors:dict, metadata:dict):
     "Write a safetensors file and put it in place atomically."
-    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, also=(SafetensorError,)) as tmp:
         tmp.touch(); mode = tmp.stat().st_mode                  # safetensors would leave a file that only its owner can read
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
         tmp.chmod(mode)
-        os.replace(tmp, path)
-    except Exception as e:
-        tmp.unlink(missing_ok=True)
-        raise HJEPAError(f"Could not write {path} ({e}): free some disk space or choose another folder; what was saved before is whole.") from e
 
 @patch
 def save(self:HJEPA, path, **facts): # facts: strings added to the metadata

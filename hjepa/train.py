@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .config import HJEPAError, Recipe, fields, from_yaml, recipe, to_yaml
+from .files import whole, write
 from .data.sets import ImageSet, load as load_images
 from .data.views import draw_views, make_views, pil_crops, recolour
 from .data.loader import Loader, mixed_seed
@@ -26,7 +27,7 @@ from .losses.prediction import all_mean
 from .optim import cosine, learning_rate, param_groups
 from .model import HJEPA, build, read_tensors, write_tensors
 from .monitor import Monitor
-from .evaluate.card import commit, plot_history, read_history, write
+from .evaluate.card import commit, plot_history, read_history
 from .style import style
 
 # %% ../nbs/61_train.ipynb #ffe70025
@@ -109,11 +110,8 @@ class Run:
 
 def write_rows(path:Path, rows:list):
     "A CSV with the union of the rows' columns, put in place atomically."
-    keys = list(dict.fromkeys(k for r in rows for k in r)); tmp = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(tmp, 'w', newline='') as f: w = csv.DictWriter(f, keys); w.writeheader(); w.writerows(rows)
-        os.replace(tmp, path)
-    except OSError as e: raise HJEPAError(f"Could not write {path} ({e}): free some disk space or choose another folder; what was saved before is whole.") from None
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+    with whole(path) as tmp, open(tmp, 'w', newline='') as f: w = csv.DictWriter(f, keys); w.writeheader(); w.writerows(rows)
 
 def read_rows(path:Path) -> list:
     "Rows of a CSV as numbers."

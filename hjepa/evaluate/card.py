@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['names', 'pts', 'CSS', 'arms', 'judge', 'headline', 'coarse_levels', 'level_quality', 'collapse', 'against', 'verdict',
            'plot_scores', 'read_history', 'plot_history', 'flat_maps', 'plot_maps', 'plot_neighbours', 'shade',
-           'plot_masks', 'commit', 'facts', 'write', 'table', 'markdown', 'html', 'save_answers', 'read_card',
-           'compare', 'draw', 'report']
+           'plot_masks', 'commit', 'facts', 'table', 'markdown', 'html', 'save_answers', 'read_card', 'compare', 'draw',
+           'report']
 
 # %% ../../nbs/evaluate/58_card.ipynb #a1664106
 import base64, csv, io, json, math, os, re, subprocess, time, warnings, zipfile
@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from ..config import HJEPAError, change, recipes
+from ..files import write
 from ..style import style, save, hide_axes, level_colors, arm_colors
 from ..data.views import draw_views, make_views
 from ..model import untrained
@@ -283,16 +284,6 @@ def _plain(o): # what JSON can hold
     if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
     if isinstance(o, (np.generic, torch.Tensor)): o = o.item()
     return None if isinstance(o, float) and not math.isfinite(o) else o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
-
-def write(path, text): # str or bytes
-    "Write a file atomically."
-    path = Path(path); tmp = path.with_name(f'.{os.getpid()}-{path.name}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_bytes(text if isinstance(text, bytes) else text.encode()); os.replace(tmp, path)
-    except OSError as e: raise HJEPAError(f'{path} could not be written ({e}): make room on the disk or choose another folder.') from e
-    finally:
-        if tmp.exists(): tmp.unlink()
 
 def table(rows, head): # lists of cells
     "A Markdown table."

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
 from ..config import HJEPAError, nearest
+from ..files import write
 from ..data.loader import mixed_seed
 from ..data.views import draw_views, make_views
 from .features import cells, encode, modes, images_digest, weights_digest
 from .probes import attentive_probe, choose_level, few_shot, linear_probe, sgd_probe, stratified_subset
 from .quality import alignment, lidar, uniformity
-from .card import _plain, arms, commit, html, markdown, read_card, report, table, write
+from .card import _plain, arms, commit, html, markdown, read_card, report, table
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00006
 @dataclass
