@@ -83,11 +83,13 @@ class Step:
         self.draw = torch.Generator().manual_seed(r.seed)
         V, B, S = r.views.count, r.train.batch, r.data.image
         self.views = torch.randn(V, B, 3, S, S, generator=torch.Generator().manual_seed(r.seed)).to(self.device)
+        n, s = r.views.local, r.views.local_size
+        self.local = [torch.randn(n, B, 3, s, s, generator=torch.Generator().manual_seed(r.seed)).to(self.device)] if n else []
         self.params = [p for p in self.model.parameters() if p.requires_grad]
 
 # %% ../nbs/90_bench.ipynb #0d89b828
 @patch
-def pieces(self:Step): # yields (views, masks)
+def pieces(self:Step): # yields (views, masks), or (views, masks, local views)
     "Fresh masks, and the batch in as many pieces as the recipe says."
     V, B, k = self.r.views.count, self.r.train.batch, self.r.train.accumulate
     masks = self.model.draw_masks(V*B, self.draw)
@@ -95,14 +97,14 @@ def pieces(self:Step): # yields (views, masks)
         rows = torch.arange(i, i + B // k)
         m = masks if k == 1 else masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
-        yield self.views[:, i:i + B // k], m
+        yield self.views[:, i:i + B // k], m, *(x[:, i:i + B // k] for x in self.local)
 
 @patch
 def __call__(self:Step):
     "Masks, target, context, predictor, backward, clip, AdamW, slow copy."
     if self.n == 0: self.model.calibrate(self.pieces())
-    for views, masks in self.pieces():
-        with self.autocast(): loss = self.model(views, masks, self.n)['loss']
+    for views, masks, *local in self.pieces():
+        with self.autocast(): loss = self.model(views, masks, self.n, *local)['loss']
         (loss / self.r.train.accumulate).backward()
     if self.r.optim.clip: torch.nn.utils.clip_grad_norm_(self.params, self.r.optim.clip)
     self.opt.step(); self.opt.zero_grad(set_to_none=True)

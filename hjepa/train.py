@@ -44,7 +44,7 @@ def as_images(data, r:Recipe): # -> uint8 (N,3,S,S) tensor or lazy sequence, lab
         if x.dtype != torch.uint8: raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
         if x.ndim != 4 or x.shape[1] != 3: raise HJEPAError(f"Images must be (N,3,H,W) and these are {tuple(x.shape)}: permute or repeat channels.")
         if x.shape[-2:] != (r.data.image,)*2: raise HJEPAError(f"The images are {x.shape[2]}x{x.shape[3]} and data.image is {r.data.image}: resize them or change data.image.")
-    else: check_item(x, r.data.image)
+    elif not hasattr(x, 'open'): check_item(x, r.data.image)      # what opens pictures sizes them, and reports a broken one
     return x, labels
 
 def check_item(x, size:int):
@@ -128,7 +128,7 @@ class Trainer:
         bf16 = t.precision == 'bf16' or (t.precision == 'auto' and native_bf16(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
         pictures = hasattr(images, 'open') and not getattr(images, 'resident', False)   # files, to be cut where they are decoded
-        self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers, **dict(make=Crops(r)) if pictures else {})
+        self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers, Crops(r) if pictures else None)
         if (t.batch // self.acc.num_processes) % t.accumulate: raise HJEPAError(f"A share of {t.batch // self.acc.num_processes} images a process does not divide into {t.accumulate} pieces: change train.batch or train.accumulate.")
         self.model = model.to(self.device).train()
         self.opt = torch.optim.AdamW(param_groups(self.model, r.optim.wd), lr=r.optim.lr, betas=r.optim.betas, fused=self.device.type in ('cpu', 'cuda'))

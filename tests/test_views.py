@@ -3,12 +3,13 @@ import math, pickle
 import pytest, torch, torch.nn.functional as F, torchvision.transforms.v2.functional as TF
 import hjepa.model as hm, hjepa.train as ht
 from hjepa.config import Views, recipes
-from hjepa.data.loader import Loader, mixed_seed
+from hjepa.data.loader import mixed_seed
 from hjepa.data.scenes import scenes
+from hjepa.data.sets import ImageSet, Mix
 from hjepa.data.views import blurred, crop, draw_views, make_views, overlap, pil_crops, pil_views, recolour, resized_boxes, simple_boxes
 from hjepa.model import build
 from hjepa.train import Crops, fit
-from tiny import images, tiny
+from tiny import images, losses, same, tiny, weights
 
 RAW = (0,)*3, (1,)*3
 STILL = dict(count=1, scale=(1, 1), ratio=(1, 1), flip=0., jitter=0., gray=0.)
@@ -212,28 +213,23 @@ class Pictures: # a lazy set that can open its pictures at their own size
     def __getitem__(self, i): return self.x[i]
     def open(self, i): return TF.to_pil_image(self.x[i])
 
-class Cutting(Loader): # hands each step's pictures to `make`
-    def __init__(self, *a, make=None): super().__init__(*a); self.make = make
-    def run(self, start, stop):
-        if not self.make: yield from super().run(start, stop); return
-        rows = torch.arange(self.batch).chunk(self.world)[self.rank]
-        for s in range(start, stop): yield self.make([self.images.open(i) for i in self.indices(s).tolist()], s, rows)
-
 @pytest.mark.parametrize('kw', [{}, dict(views__local=2, views__crop='simple', views__kind='3aug', train__accumulate=2)])
-def test_pictures_train_as_bytes_do(tmp_path, monkeypatch, kw):
-    monkeypatch.setattr(ht, 'Loader', Cutting)
+def test_pictures_train_as_bytes_do(tmp_path, kw):
     r, x = tiny(train__steps=2, train__monitor=1, **kw), images()
     a, b = (fit(r, data=d, out=tmp_path/n) for d, n in ((x, 'bytes'), (Pictures(x), 'pictures')))
     assert a.finished and b.finished
     for p, q in zip(a.history, b.history):
         assert p['loss'] != q['loss'] and all(abs(p[k] - q[k]) < .02*max(1, abs(p[k])) for k in p if k == 'loss' or k.startswith('level'))
 
-def test_shares_of_a_mixture_are_facts(tmp_path, monkeypatch, capsys):
-    class Mixed(Pictures):
-        def part_of(self, i): return torch.as_tensor(i) % 2
-    monkeypatch.setattr(ht, 'Loader', Cutting); monkeypatch.setattr(Cutting, 'shares', lambda self: {'a': self.step / 4, 'b': .5}, raising=False)
-    run = fit(tiny(train__steps=2), data=Mixed(images()), out=tmp_path)
-    assert run.facts['shares'] == {'a': .5, 'b': .5} and 'drawn from: a 50.0%, b 50.0%' in capsys.readouterr().out
+def test_shares_of_a_mixture_are_facts(tmp_path, capsys):
+    part = lambda name, n: ImageSet(name, 'train', images(n), torch.zeros(n, dtype=torch.long), ('x',), 'here')
+    run = fit(tiny(train__steps=4), data=Mix([part('a', 24), part('b', 8)], [1, 3]), out=tmp_path) # one epoch
+    assert run.facts['shares'] == {'a': .25, 'b': .75} and 'drawn from: a 25.0%, b 75.0%' in capsys.readouterr().out
+
+def test_workers_change_nothing(tmp_path):
+    oblong = Pictures([torch.randint(256, (3, 40 + i, 70 - i), dtype=torch.uint8, generator=gen(i)) for i in range(16)])
+    a, b = (fit(tiny(train__steps=4, views__local=2, data__workers=w), data=oblong, out=tmp_path/str(w)) for w in (0, 2))
+    assert losses(a) == losses(b) and same(weights(a.model), weights(b.model))
 
 def test_data_by_name_goes_into_the_recipe(tmp_path, monkeypatch):
     asked = []; monkeypatch.setattr(ht, 'load_images', lambda name, split, image: (asked.append((name, split, image)), images())[1])
