@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTURES', 'SHAPES', 'KINDS', 'COLOURS', 'LAYOUTS', 'FACTORS', 'LEVELS', 'FOLD', 'REACH', 'STRETCH', 'SPREAD', 'RGB',
-           'uniforms', 'circle', 'outline', 'texture', 'params', 'window', 'render', 'labels', 'classes', 'check',
-           'scenes']
+           'uniforms', 'circle', 'outline', 'texture', 'params', 'grain', 'window', 'render', 'labels', 'classes',
+           'check', 'scenes']
 
 # %% ../../nbs/data/10_scenes.ipynb #cf1a4846
 import math
@@ -179,7 +179,7 @@ def _covered(p, xy, r):
 
 # %% ../../nbs/data/10_scenes.ipynb #cbc52cdb
 def _place(p, u, M=12):
-    "Adds the table of objects, (n,11) with the main object first: cls (-1: none), xy, radius, spin, inner, behind, order; and on (n,10)"
+    "Adds the table of objects, (n,11) with the main object first: cls (-1: none), xy, radius, spin, inner, behind, on, order"
     n, k, nested = len(p['count']), np.arange(10), p['layout']==LAYOUTS.index('nested')
     s = np.where(nested, (p['count']+1)//2, p['count'])      # nested ones share a place
     xy, r = _sites(np.repeat(p['layout'], M), np.repeat(s, M), u['places'].reshape(n*M,40))
@@ -194,10 +194,10 @@ def _place(p, u, M=12):
     kind = np.array([SHAPES.index(a) for a in KINDS])[p['kind']][:,None]
     table = dict(cls=(p['shape'][:,None], np.where(here, kind, -1)), radius=(p['size'][:,None], np.where(inner, .5*r, r)),
         xy=(np.stack([p['x'], p['y']], 1)[:,None], np.stack([at(xy[...,0]), at(xy[...,1])], 2)), inner=(main>0, inner & here),
-        spin=(circle(p['turn'][:,None]), circle(at(u['spins']))), behind=(main>0, behind),
+        spin=(circle(p['turn'][:,None]), circle(at(u['spins']))), behind=(main>0, behind), on=(main*0., np.where(here, at(on), 0)),
         order=(main+20, np.where(here, np.where(behind, 0, 40)+k, 99)))
     p |= {a: np.concatenate(b, 1) for a,b in table.items()}
-    p['order'], p['on'] = np.argsort(p['order'], 1, kind='stable'), np.where(here, at(on), 0)   # from back to front
+    p['order'] = np.argsort(p['order'], 1, kind='stable')    # from back to front
 
 # %% ../../nbs/data/10_scenes.ipynb #bc7cf3eb
 RGB = np.array([[.9,.12,.12],[.95,.5,.05],[.95,.88,.1],[.1,.68,.15],[.05,.75,.8],[.15,.25,.95],[.55,.15,.85],[.98,.4,.75]])   # COLOURS
@@ -207,10 +207,10 @@ def _colours(p, u):
     hue, tint = RGB[p['colour']], RGB[p['tint']]
     p['paint'] = np.stack([.7*hue+.3, .55*hue, tint, .2*tint+.8], 1)
     area = math.pi/4*p['radius']*p['radius']                 # as a share of the image
-    small, inner, behind = area[:,1:]*(p['cls'][:,1:]>=0), p['inner'][:,1:], p['behind'][:,1:]
-    seen = small*np.where(behind, 1-p['on'], 1)
+    small, inner, behind, on = area[:,1:]*(p['cls'][:,1:]>=0), *(p[k][:,1:] for k in ('inner','behind','on'))
+    seen = small*np.where(behind, 1-on, 1)
     core = _total(seen*inner); outer = _total(seen*~inner)-core
-    main = area[:,:1] - _total(small*p['on']*~(behind|inner))
+    main = area[:,:1] - _total(small*on*~(behind|inner))
     base = .36+.28*u['mean'] - main*(p['paint'][:,0]+p['paint'][:,1])/2 - outer*p['paint'][:,2] - core*p['paint'][:,3]
     base /= 1-main-outer-core
     sky = .16*(u['sky']-.5); sky += np.where(sky<0, -.04, .04)
@@ -235,8 +235,11 @@ def params(
     return {k: np.concatenate([q[k] for q in parts]) for k in parts[0]}
 
 # %% ../../nbs/data/10_scenes.ipynb #64b1d7b4
-def _grain(key, P):
-    "(n,P) float32 in [-0.5,0.5): a hash of each image's key and the pixel number"
+def grain(
+    key:np.ndarray, # (n,) uint32, one an image
+    P:int,          # pixels
+)->np.ndarray:      # (n,P) float32 in [-0.5,0.5)
+    "Film grain: a hash of each image's key and the pixel number"
     x = key[:,None] ^ (np.arange(1, P+1, dtype=np.uint32)*np.uint32(0x9E3779B1))
     x = (x ^ (x >> np.uint32(16)))*np.uint32(0x85EBCA6B); x = (x ^ (x >> np.uint32(13)))*np.uint32(0xC2B2AE35)
     return ((x ^ (x >> np.uint32(16))) >> np.uint32(8)).astype(np.float32)*np.float32(2**-24) - np.float32(.5)
@@ -270,11 +273,11 @@ def window(
 
 # %% ../../nbs/data/10_scenes.ipynb #2dfc5b02
 def _stamp(p, rows, j, size, buf, ids):
-    "Paint object j of scenes rows into buf (3,n,size,size) and, if wanted, its number j+1 into ids (n,size,size)"
+    "Paint object j of scenes rows into buf (3,n,size,size) and, if wanted, its number j+1 into ids (n,size,size); textures go with the object"
     i, g, cov = window(p, rows, j, size)
     at = (rows[:,None,None]*size + i[:,1,:,None])*size + i[:,0,None,:]
     main, ink = j[0]==0, p['paint'][rows]
-    if main: tex = _surface(p, rows, 'texture', g[:,0,None,:], g[:,1,:,None], np.float32(size/2))
+    if main: x,y = (g-p['xy'][rows,0][:,:,None]).transpose(1,0,2); tex = _surface(p, rows, 'texture', x[:,None,:], y[:,:,None], np.float32(size/2))
     else: ink = ink[np.arange(len(rows)), np.where(p['inner'][rows,j], 3, 2)][:,None]
     for flat,c in zip(buf.reshape(3,-1), ink.transpose(2,1,0)[...,None,None]):
         old = flat[at]; flat[at] = old + cov*((c[0]+tex*(c[1]-c[0]) if main else c[0]) - old)
@@ -294,7 +297,7 @@ def _paint(p, size, ids):
     for s in range(11):
         j = p['order'][:,s]; cls = p['cls'][np.arange(n),j]; key = np.where(cls<0, -1, 2*cls+(j==0))
         for k in np.unique(key[key>=0]): r = np.flatnonzero(key==k); _stamp(p, r, j[r], size, buf, seen)
-    light = col(p['beam'][:,0])*x + col(p['beam'][:,1])*y + col(p['bright']) + .06*_grain(p['grain'], size*size).reshape(n,size,size)
+    light = col(p['beam'][:,0])*x + col(p['beam'][:,1])*y + col(p['bright']) + .06*grain(p['grain'], size*size).reshape(n,size,size)
     out = np.empty((n,3,size,size), np.uint8)
     for ch in range(3): out[:,ch] = np.clip((buf[ch]+light)*255+.5, 0, 255)
     return out, seen
