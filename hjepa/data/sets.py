@@ -60,7 +60,7 @@ def clean(self:ImageSet,
         except BadImage as e: return i, e.path, e.why
     bad, N = [], len(self)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=N, desc='opening every image', disable=not progress) as bar:
-        for a in range(0, N, 1000):                              # in pieces: a million waiting tasks take a gigabyte
+        for a in range(0, N, 1000):                              # in pieces: a million waiting tasks would fill the memory
             bad += filter(None, pool.map(why, range(a, min(a+1000, N)))); bar.update(min(1000, N-a))
     tolerate({p:w for _,p,w in bad}, N, self.name)
     keep = torch.ones(N, dtype=torch.bool); keep[[i for i,_,_ in bad]] = False
