@@ -107,7 +107,8 @@ def compare_cards(args):
 def data(args):
     "Fetch a data set, describe it, or draw it."
     verb, name = args.words if len(args.words) == 2 else ['info', *args.words][:2]
-    if verb not in ('fetch', 'info', 'show') or len(args.words) > 2: raise HJEPAError(f"'{' '.join(args.words)}' is not fetch, info or show and a name: write for example hjepa data info cifar10.")
+    if verb not in ('fetch', 'info', 'show') or len(args.words) > 2:
+        raise HJEPAError(f"'{' '.join(args.words)}' is not fetch, info or show and a name: write for example hjepa data info cifar10.")
     out = {}
     for split in [args.split] if args.split else ['train'] if verb == 'show' else ['train', 'test']:
         with warnings.catch_warnings(record=True) as told:
@@ -116,7 +117,7 @@ def data(args):
             if verb == 'info': out[split] = describe(s, progress=True); print(in_words(split, out[split]), flush=True)
             else: out[split] = dict(images=len(s), classes=len(s.classes), source=s.source)
             if verb == 'fetch': print(f'{split:6}{len(s):>9,} images, {len(s.classes)} classes, from {s.source}', flush=True)
-            if verb == 'show': out[split]['picture'] = str(save(show(s), args.out or re.sub(r'[^\w.-]+', '_', name) + '.png')); print(out[split]['picture'])
+            if verb == 'show': print(save(show(s), args.out or re.sub(r'[^\w.-]+', '_', name) + '.png'))
         for w in told: print(f'hjepa: {w.message}', file=sys.stderr)
     if verb == 'fetch': print(f'kept under {data_root()}')
     say_json(args, out)
@@ -157,7 +158,8 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument('--out', help='where the report goes (default: beside the model)'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(compare_cards, 'compare', 'put report cards side by side, with paired differences', 'hjepa compare runs/demo runs/try'); q.add_argument('folder', nargs='+', help='run directories with a report card each; the first is what the others are compared with')
     q = add(data, 'data', 'fetch a data set, say what it is (info), or draw it (show)', 'hjepa data show cifar10 --out cifar10.png')
-    q.add_argument('words', nargs='+', metavar='[fetch|info|show] NAME', help='what to do (default: info), and cifar10, scenes, stl10_unlabelled, folder:PATH, mix:cifar10=0.5,scenes=0.5, ...')
+    q.add_argument('words', nargs='+', metavar='[fetch|info|show] NAME',
+                   help='what to do (default: info), and cifar10, scenes, stl10_unlabelled, folder:PATH, mix:cifar10=0.5,scenes=0.5, ...')
     q.add_argument('--split', choices=['train', 'test'], help='one split only'); q.add_argument('--out', metavar='PNG', help='where show writes its picture (default: NAME.png)')
     add_bench(add)
     q = add(show_recipes, 'recipes', 'list the recipes or print one', 'hjepa recipes cifar10-cpu'); q.add_argument('name', nargs='?'); q.add_argument('change', **more)

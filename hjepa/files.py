@@ -46,8 +46,8 @@ def whole(
         if tmp.is_dir() and path.is_dir(): shutil.rmtree(path)
         os.replace(tmp, path)
     except (OSError, *also) as e:
-        why = 'the disk is full' if getattr(e, 'errno', None) in DISK_FULL else getattr(e, 'strerror', None) or e
-        raise error(f'{path} could not be written ({why}): make room on the disk, or {cure}; what was there before is whole.') from e
+        why = 'no space left on the disk' if getattr(e, 'errno', None) in DISK_FULL else getattr(e, 'strerror', None) or e
+        raise error(f'{path} could not be written ({why}): make room on the disk, or {cure}; what was saved before is whole.') from e
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         elif tmp.exists(): tmp.unlink()

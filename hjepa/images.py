@@ -23,7 +23,8 @@ class BadImage(DataError):
 # %% ../nbs/03_images.ipynb #e7a86bdb
 def rgb(im:Image.Image)->Image.Image: # any mode -> RGB at its own size
     "The image as a person would see it"
-    im = ImageOps.exif_transpose(im)
+    im.load()
+    if im.getexif().get(0x0112, 1)!=1: im = ImageOps.exif_transpose(im)      # 0x0112: how the camera was held
     if im.mode[0] in 'IF':                                       # I, I;16, I;16B, F: numbers beyond a byte
         a = np.asarray(im).astype(np.float64)
         top = 1. if im.mode=='F' else 65535.

@@ -273,7 +273,7 @@ def test_wrong_sums_and_full_disks(home, monkeypatch):
     with pytest.raises(DataError) as e: load('tiny')
     sentence(e, 'MB free', 'HJEPA_DATA')
     named(monkeypatch, lambda f,p: TINY)
-    for code,needle in ((errno.ENOSPC, 'the disk is full'), (errno.EDQUOT, 'the disk is full'), (errno.EIO, 'nput/output error')):
+    for code,needle in ((errno.ENOSPC, 'no space left on the disk'), (errno.EDQUOT, 'no space left on the disk'), (errno.EIO, 'nput/output error')):
         with monkeypatch.context() as m:
             m.setattr(np, 'save', lambda *a: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
             with pytest.raises(DataError) as e: load('tiny')

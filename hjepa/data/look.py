@@ -54,6 +54,7 @@ def on_disk(s:ImageSet, root=None)->int: # bytes; 0 for what is not kept on a di
         files = [at/f'{own.splits.get(s.split, s.split)}-{k}.npy' for k in ('images','labels')]
     return sum(os.path.getsize(f) for f in files if os.path.exists(f))
 
+# %% ../../nbs/data/16_look.ipynb #0a342038
 def describe(
     s:ImageSet,
     root=None,           # where named sets are kept; None: $HJEPA_DATA or ~/.cache/hjepa

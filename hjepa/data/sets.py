@@ -36,7 +36,7 @@ class ImageSet:
     classes:tuple    # names of the classes
     source:str       # which source answered, in words
     extra:dict = field(default_factory=dict) # more label sets by name, each (N,)
-    def __len__(self): return len(self.labels)
+    def __len__(self): return len(self.images)
     @property
     def resident(self): return isinstance(self.images, Tensor)
     def subset(self, idx): # indices, a boolean mask or a slice -> ImageSet
@@ -60,7 +60,7 @@ def clean(self:ImageSet,
         except BadImage as e: return i, e.path, e.why
     bad, N = [], len(self)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=N, desc='opening every image', disable=not progress) as bar:
-        for a in range(0, N, 1000):                              # in pieces: a million waiting tasks take a gigabyte
+        for a in range(0, N, 1000):                              # in pieces: a million waiting tasks would fill the memory
             bad += filter(None, pool.map(why, range(a, min(a+1000, N)))); bar.update(min(1000, N-a))
     tolerate({p:w for _,p,w in bad}, N, self.name)
     keep = torch.ones(N, dtype=torch.bool); keep[[i for i,_,_ in bad]] = False
@@ -281,13 +281,16 @@ def _hf_image(column, i, size): # bytes or a path
 def _hf(name:str, split:str, image, root:Path, progress:bool): # images, labels, classes, source
     try: import datasets as hf
     except ImportError: raise DataError(f'hf:{name} needs the package datasets: pip install datasets, or use another source.') from None
-    quiet = hf.utils.logging.get_verbosity(); hf.utils.logging.set_verbosity_error()
+    said, quiet = hf.utils.logging.get_verbosity(), hf.are_progress_bars_disabled(); hf.utils.logging.set_verbosity_error()
+    if not progress: hf.disable_progress_bars()
     try:
         if not Path(name).exists() and not list((root/'hf').glob(name.replace('/','___').lower())): reach('https://huggingface.co')
         by = hf.load_dataset(name, cache_dir=str(root/'hf'))
     except Exception as e:
         raise DataError(f'datasets cannot load {name} ({_reason(e)[:200]}): check the name, connect to the internet, or give the path of a folder.') from e
-    finally: hf.utils.logging.set_verbosity(quiet)
+    finally:
+        hf.utils.logging.set_verbosity(said)
+        if not quiet: hf.enable_progress_bars()
     s = next((s for s in dict(train=['train'], test=['test','validation','valid','val'])[split] if s in by), None)
     ds = by[s or next(iter(by))]
     column = {t: next((k for k,f in ds.features.items() if isinstance(f, t)), None) for t in (hf.Image, hf.ClassLabel)}
@@ -384,7 +387,8 @@ class Mix(Lazy):
         self.parts, self._ends = list(parts), torch.tensor([len(p) for p in parts]).cumsum(0)
         sides = [p.images.shape[-1] if p.resident else p.images.image for p in parts]
         if len(set(sides))>1: raise DataError(f'The parts of a mixture have sides of {", ".join(map(str, sides))} pixels: give one size with image=.')
-        if far := [p.name for p in parts if getattr(p.images, 'where', 0) is None]: raise DataError(f'{far[0]} can only be read in order, so it cannot be mixed: copy its shards to this machine.')
+        if far := [p.name for p in parts if getattr(p.images, 'where', 0) is None]:
+            raise DataError(f'{far[0]} can only be read in order, so it cannot be mixed: copy its shards to this machine.')
         self.image, self.names, self.rows = sides[0], [p.name for p in parts], torch.arange(int(self._ends[-1])) if rows is None else rows
         self.sizes = self.part_of(torch.arange(len(self))).bincount(minlength=len(self.parts)).tolist()
         w = torch.as_tensor(self.sizes if weights is None else weights, dtype=torch.float64)*(torch.tensor(self.sizes)>0)
