@@ -1,7 +1,7 @@
 "Views: what is drawn is what is seen, by both back ends, and what was measured before stays as it was."
 import math, pickle
 import pytest, torch, torch.nn.functional as F, torchvision.transforms.v2.functional as TF
-import hjepa.train as ht
+import hjepa.model as hm, hjepa.train as ht
 from hjepa.config import Views, recipes
 from hjepa.data.loader import Loader, mixed_seed
 from hjepa.data.scenes import scenes
@@ -57,6 +57,20 @@ def test_draws_are_seeded_and_differ(kw):
     assert len(a.box.flatten(0, 1).unique(dim=0)) == a.box[..., 0].numel()              # each view of each image its own
     assert pickle.loads(pickle.dumps(a))[2:4].flip.shape == (2, 2) and (a.local is None) == ('local' not in kw)
     if a.local: assert a[2:4].local.box.shape == (3, 2, 4) and not set(a.box[..., 2].flatten().tolist()) & set(a.local.box[..., 2].flatten().tolist())
+
+def test_weak_is_the_crop_alone():
+    d = drawn(50, kind='weak', flip=1., solarize=1., blur=1., gray=1., jitter=1.)
+    assert (d.flip == 1).all() and not d.solarise.any() and not d.sigma.any() and not d.shift.any() and torch.allclose(d.colour, torch.eye(3).expand(2, 50, 3, 3), atol=1e-6)
+    assert d.box[..., 2].std() > .05
+
+def test_pictures_must_be_as_many_as_the_draws():
+    with pytest.raises(ValueError): pil_crops(pils(images(3)), drawn(4), 32)
+
+@pytest.mark.parametrize('W,H', [(1, 1), (1, 500), (500, 1), (3, 2)])
+def test_the_smallest_pictures_have_views(W, H):
+    for kw in (dict(), dict(crop='simple', pad=.3)):
+        out = pil_crops(pils([torch.full((3, H, W), 77, dtype=torch.uint8)]), drawn(1, aspect=torch.tensor([W/H]), **kw), 32)
+        assert (out == 77).all()
 
 @pytest.mark.parametrize('aspect', [.25, .75, 1., 4/3, 3.])
 def test_boxes_keep_their_promises(aspect):
@@ -171,9 +185,9 @@ def test_overlap_with_itself_mirrored_and_turned_round():
     assert ab.shape == (4, 9, 4) and torch.allclose(ab * area(d.box[0], 3), ba.transpose(1, 2) * area(d.local.box[0], 2), atol=1e-6)
 
 def test_the_mirror_world_overlaps_with_nothing():
-    d = drawn(2, **STILL | dict(count=2, crop='simple')); d.box[:] = torch.tensor([0., 0., 1., 1.]); d.box[0, :, 1] = .5
-    got = overlap(d, 0, 1, 4).sum(2).view(2, 4, 4)                                          # the right quarter of view 0 is over the border
-    assert torch.allclose(got, torch.tensor([1., 1, 1, 0]).expand(2, 4, 4), atol=1e-5)
+    d = drawn(2, **STILL | dict(count=3, crop='simple')); d.box[:] = torch.tensor([0., 0., 1., 1.]); d.box[0, :, 1] = .5; d.box[1, :, 1] = -.5
+    for a, inside in ((0, [1., 1, 1, 0]), (1, [0., 1, 1, 1])):                              # the right quarter of view 0 is over the border, the left one of view 1
+        for b in (a, 2): assert torch.allclose(overlap(d, a, b, 4).sum(2).view(2, 4, 4), torch.tensor(inside).expand(2, 4, 4), atol=1e-5)
 
 # ---- training: local views, and pictures cut in workers
 
@@ -186,9 +200,11 @@ def test_local_views_reach_the_whole_image_loss_alone():
     assert set(seen) == {32} and codes == [(5, 8)]*2 and a['level_0'] == b['level_0'] and a['whole'] != b['whole']
     few.requires_grad_(); m(x, masks, local=few)['loss'].backward(); assert few.grad.abs().sum() > 0
 
-def test_one_global_view_and_local_ones(tmp_path):
+def test_one_global_view_and_local_ones(tmp_path, monkeypatch):
+    seen = []; monkeypatch.setattr(hm.HJEPA, 'forward', lambda self, v, m, step=0, local=None, f=hm.HJEPA.forward: (seen.append((v.shape[:2], local.shape)), f(self, v, m, step, local))[1])
     run = fit(tiny(views__count=1, views__local=2, views__local_size=8, train__steps=2), data=images(), out=tmp_path)
     assert run.finished and all(math.isfinite(q['loss']) and q['whole'] > 0 for q in run.history)
+    assert seen[0] == ((1, 8), (2, 8, 3, 8, 8))
 
 class Pictures: # a lazy set that can open its pictures at their own size
     def __init__(self, x): self.x = x

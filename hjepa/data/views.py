@@ -41,6 +41,7 @@ def resized_boxes(V, B, scale, ratio, aspect, generator) -> Tensor: # (V,B,4)
     h, w = h.minimum(w * aspect / ratio[0]), w.minimum(h * ratio[1] / aspect)
     return torch.stack(((1-h)*(2*u[2]-1), (1-w)*(2*u[3]-1), h, w), -1)
 
+# %% ../../nbs/data/12_views.ipynb #b4e09d31
 def simple_boxes(V, B, pad, aspect, generator) -> Tensor: # (V,B,4)
     u = 2*torch.rand(2, V, B, generator=generator) - 1
     h, w = aspect.clamp(max=1).expand(V, B), (1/aspect).clamp(max=1).expand(V, B)
@@ -55,6 +56,7 @@ def hue_matrix(turn:Tensor) -> Tensor: # (...) share of a circle -> (...,3,3) ro
     c, s = a.cos()[..., None, None], a.sin()[..., None, None]
     return c * torch.eye(3) + s * k + (1 - c) / 3
 
+# %% ../../nbs/data/12_views.ipynb #f06a1b92
 def draw_effects(V, B, v:Views, grey, generator) -> tuple: # (V,B) each: grey or not, solarised or not, width of the blur
     if v.kind == 'jitter' and not v.solarize and not v.blur: return grey, torch.zeros(V, B, dtype=torch.bool), torch.zeros(V, B)
     u = torch.rand(4, V, B, generator=generator)
@@ -62,6 +64,7 @@ def draw_effects(V, B, v:Views, grey, generator) -> tuple: # (V,B) each: grey or
     if v.kind == '3aug': grey, solarise, blur = ((3*u[0]).long() == i for i in range(3))
     return grey, solarise, blur * (v.sigma[0] + (v.sigma[1]-v.sigma[0])*u[3])
 
+# %% ../../nbs/data/12_views.ipynb #d8c45e20
 def draw_colours(V, B, v:Views, generator) -> tuple: # (V,B,3,3), (V,B), (V,B), (V,B)
     u = torch.rand(6, V, B, generator=generator)
     grey, solarise, sigma = draw_effects(V, B, v, u[5] < v.gray, generator)
@@ -150,9 +153,9 @@ def pil_crops(
     draw:ViewDraw, # drawn with the `aspect` of these images
     size:int,      # side of a view, pixels
 ) -> Tensor:       # (V,B,3,size,size) uint8
-    "Smoothed crops of whole pictures, without torch's threads."
+    "Smoothed crops of whole pictures."
     out = torch.empty(*draw.flip.shape, 3, size, size, dtype=torch.uint8)
-    for i, (im, boxes) in enumerate(zip(pils, draw.box.transpose(0, 1).double())):
+    for i, (im, boxes) in enumerate(zip(pils, draw.box.transpose(0, 1).double(), strict=True)):
         (W, H), half = im.size, boxes.new_tensor((im.height, im.width)) / 2
         low, high = (1 + boxes[:, :2] - boxes[:, 2:]) * half, (1 + boxes[:, :2] + boxes[:, 2:]) * half # (V,2) y, x in pixels
         over = math.ceil(max(-low.min(), (high - 2*half).max()) - 1e-3)
@@ -162,6 +165,7 @@ def pil_crops(
             out[k, i] = TF.pil_to_tensor(TF.horizontal_flip(view) if f < 0 else view)
     return out
 
+# %% ../../nbs/data/12_views.ipynb #64b1f7e8
 def pil_views(pils, draw:ViewDraw, size:int, mean, std) -> Tensor: # (V,B,3,size,size) float32, normalised
     "`make_views` for pictures."
     return recolour(pil_crops(pils, draw, size), draw, mean, std)
@@ -174,6 +178,7 @@ def spans(draw:ViewDraw, view:int, grid:int) -> tuple: # (2,B,grid) low and high
     ends = [c[:, None] + h[:, None]*t for c, h in ((d.box[k, :, 0], d.box[k, :, 2]), (d.box[k, :, 1], d.box[k, :, 3]*d.flip[k]))]
     return tuple(torch.stack((e[:, :-1].minimum(e[:, 1:]), e[:, :-1].maximum(e[:, 1:]))) for e in ends)
 
+# %% ../../nbs/data/12_views.ipynb #0a8d6ec3
 def overlap(
     draw:ViewDraw,
     a:int, b:int,  # two views
