@@ -455,15 +455,15 @@ def bench_data(
     steps:int=20, rounds:int=3, # timed batches of each side in a round
     n=None,           # at most so many images; of photos, how many are written (256)
     out=None,         # file to write the JSON to
-    **change,         # of the recipe
+    change=None,      # dict: changes of the recipe
 ) -> dict:
     "Images a second from bytes or files to views, beside torchvision alone, and the data's share of a training step."
     start, device, workers = time.perf_counter(), device or best_device(), sorted({0, 1, os.cpu_count()} if workers is None else set(workers))
     with tempfile.TemporaryDirectory() if name == 'photos' else nullcontext() as d:
         x = load(f'folder:{photos(d, n or 256)}' if d else name, 'train', image=image, n=None if d else n).images
-        lazy, side_ = not (isinstance(x, torch.Tensor) or x.resident), x.shape[-1] if isinstance(x, torch.Tensor) else x.image
+        lazy, side_ = not isinstance(x, torch.Tensor) and not getattr(x, 'resident', False), x.shape[-1] if isinstance(x, torch.Tensor) else x.image
         r = bench_recipe(encoder, side_, patch or (16 if side_ >= 64 else 4), batch or (32 if lazy else 256))
-        r = recipe(r, **{'views.count': 2, 'data.name': name} | change)
+        r = recipe(r, **{'views.count': 2, 'data.name': name} | (change or {}))
         sides, best = sides_of(x, r, lazy, workers, device, steps, rounds)
         kind, w = ('workers', max(workers)) if lazy else ('device', 0)
         res = dict(what='from bytes or files to normalised views on the device, beside a DataLoader of torchvision transforms', set=name, images=len(x), image=side_, views=r.views.count,
@@ -472,11 +472,10 @@ def bench_data(
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res
 
-# %% ../nbs/90_bench.ipynb #c1e9641c
+# %% ../nbs/90_bench.ipynb #38d1bd66
 def sides_of(x, r:Recipe, lazy:bool, workers, device, steps:int, rounds:int) -> tuple: # rates by side, the best of each
     "All sides, in turns."
-    ours = [('device', 0)] if not lazy else [('bytes', w) for w in workers]
-    ours += [('workers', w) for w in workers if lazy or isinstance(x, torch.Tensor)]
+    ours = ([('bytes', w) for w in workers] if lazy else [('device', 0)]) + [('workers', w) for w in workers]
     todo = {('ours', *k): our_views for k in ours} | {('torchvision', k, w): their_views for k in ('PIL', 'tensors') for w in workers}
     rates = {k: [] for k in todo}
     for _ in range(rounds):

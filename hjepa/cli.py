@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['overrides', 'number', 'say_json', 'can_write', 'sets_of', 'train', 'judge', 'evaluate', 'compare_cards', 'data',
-           'bench', 'show_recipes', 'parser', 'add_bench', 'main']
+           'bench', 'time_data', 'show_recipes', 'parser', 'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
 import argparse, json, os, re, sys, tempfile, time, warnings
@@ -23,7 +23,7 @@ from .data.look import describe, in_words, show
 from .model import load
 from .evaluate.card import compare, names, pts, report, table
 from .train import fit, read_rows
-from .bench import bench_recipe, bench_step
+from .bench import bench_data, bench_recipe, bench_step, data_table
 
 # %% ../nbs/91_cli.ipynb #56fd5e5d
 def overrides(words:list) -> dict: # ['lr=1e-3', ...] -> recipe changes
@@ -128,6 +128,12 @@ def bench(args):
     out = bench_step(recipe(r, **overrides(args.change)), device=args.device, peer=args.peer, precision=args.precision, compile=args.compile)
     print(json.dumps(out, indent=1)); say_json(args, out)
 
+def time_data(args):
+    "Time a set's way from bytes or files to views."
+    keys = 'encoder image patch batch workers device precision steps rounds n'.split()
+    out = bench_data(args.name, **{k: getattr(args, k) for k in keys}, change=overrides(args.change))
+    print(data_table(out)); say_json(args, out)
+
 def show_recipes(args):
     "List recipes, or print one as YAML."
     if not args.name:
@@ -167,16 +173,27 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/91_cli.ipynb #d0566a10
 def add_bench(add):
-    "Options of `bench step`."
-    q = add(bench, 'bench', 'time the full training step, alone or beside a peer',
-            'hjepa bench step --encoder vit_tiny --image 224 --patch 16 --batch 16 --predictor 192x6 --peer ijepa=../ijepa --json out.json')
-    q.add_argument('what', choices=['step']); q.add_argument('change', nargs='*', metavar='key=value', default=[], help='changes of the recipe')
-    q.add_argument('--recipe', help='bench a recipe instead of the encoder options')
-    q.add_argument('--encoder', default='vit_tiny', choices=['vit_tiny', 'vit_small', 'vit_base'])
+    "`bench step` and `bench data`."
+    both = add(bench, 'bench', 'time the training step, alone or beside a peer, or the data beside torchvision alone',
+               'hjepa bench step --encoder vit_tiny --image 224 --patch 16 --batch 16 --predictor 192x6 --peer ijepa=../ijepa --json out.json').add_subparsers(dest='what', required=True)
+    def kind(f, name, help, example):
+        q = both.add_parser(name, help=help, description=help, epilog=f'example: {example}', formatter_class=argparse.RawDescriptionHelpFormatter)
+        q.set_defaults(run=f); q.add_argument('--json', metavar='FILE', default=argparse.SUPPRESS, help='write the printed figures as JSON')
+        q.add_argument('--device'); q.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'])
+        return q
+    change, encoders = dict(nargs='*', metavar='key=value', default=[], help='changes of the recipe'), ['vit_tiny', 'vit_small', 'vit_base']
+    q = kind(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
+    q.add_argument('change', **change); q.add_argument('--recipe', help='bench a recipe instead of the encoder options')
+    q.add_argument('--encoder', default='vit_tiny', choices=encoders)
     for k, v in dict(image=224, patch=16, batch=16).items(): q.add_argument(f'--{k}', type=int, default=v)
     q.add_argument('--predictor', default='192x6', help='WIDTHxDEPTH'); q.add_argument('--match', action='store_true', help="the peer's own numbers of context and target tokens")
-    q.add_argument('--device'); q.add_argument('--precision', default='fp32', choices=['fp32', 'bf16']); q.add_argument('--compile', action='store_true')
+    q.add_argument('--compile', action='store_true')
     q.add_argument('--peer', type=lambda s: s.removeprefix('ijepa='), metavar='ijepa=PATH', help='a checkout of facebookresearch/ijepa to run in turn')
+    q = kind(time_data, 'data', "images a second by back end and workers, beside torchvision alone, and the data's share of a step", 'hjepa bench data cifar10 --workers 0 1 2 --json out.json')
+    q.add_argument('name', help='cifar10, folder:PATH, wds:PATTERN, ...; photos: JPEGs of 500x375 written for this'); q.add_argument('change', **change)
+    q.add_argument('--encoder', default='vit_small', choices=encoders, help='of the training step'); q.add_argument('--workers', type=int, nargs='+', help='default: 0, 1 and as many as there are cores')
+    for k, h in dict(image='pixels', patch='of the encoder', batch='images', n='at most so many images').items(): q.add_argument(f'--{k}', type=int, help=h)
+    for k, v in dict(steps=20, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v)
 
 # %% ../nbs/91_cli.ipynb #0f867cc8
 def main(argv=None) -> int: # exit status
