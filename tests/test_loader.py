@@ -1,5 +1,5 @@
 "The loader: the same batches whoever makes them, from any step on; and what happens when files or workers fail."
-import functools, io, os, signal, subprocess, sys, tarfile, time, warnings
+import functools, io, json, os, signal, subprocess, sys, tarfile, time, warnings
 from pathlib import Path
 import pytest, torch
 from PIL import Image
@@ -316,3 +316,20 @@ def test_wrong_numbers_are_refused(disk):
     for x in sets(disk).values():
         with pytest.raises(HJEPAError, match='fewer than a batch'): Loader(x, 97)
         with pytest.raises(HJEPAError, match='does not divide over 3'): Loader(x, 16, world=3)
+
+# ---- the benchmark
+
+@pytest.mark.parametrize('kind,ours', [('folder', ['bytes', 'workers']), ('wds', ['bytes', 'workers']), ('scenes', ['device', 'workers'])])
+def test_bench_data(disk, tmp_path, monkeypatch, capsys, kind, ours):
+    from hjepa.cli import main
+    monkeypatch.setenv('HJEPA_DATA', str(tmp_path)); name = dict(folder=f'folder:{disk}', wds=f'wds:{disk}/{{0..6}}.tar', scenes='scenes')[kind]
+    words = ['--image', 16, '--patch', 4, '--batch', 8, *([] if kind == 'wds' else ['--n', 40]), '--workers', 0, 1, '--steps', 1, '--rounds', 2, '--encoder', 'vit_tiny', '--device', 'cpu']
+    assert main(['bench', 'data', name, *map(str, words), '--json', str(tmp_path/'b.json'), 'views.count=1']) == 0
+    b = json.loads((tmp_path/'b.json').read_text())
+    assert {s['back_end'] for s in b['sides'] if s['side'] == 'ours'} == set(ours) and b['images'] == (N if kind == 'wds' else 40)
+    assert all(len(s['rounds']) == 2 and s['images_per_second'] > 0 for s in b['sides']) and b['best'][0][1] != 'bytes'
+    by = {(s['side'], s['back_end'], s['workers']): s['rounds'] for s in b['sides']}
+    q = [x / y for x, y in zip(*(by[tuple(k)] for k in b['best']))]; assert b['ratio'] == pytest.approx(sum(q) / 2)
+    s = b['step']; assert 0 < s['share_waited'] < 1 and s['seconds_with_data'] > 0 and s['back_end'] == ours[-1 if kind != 'scenes' else 0]
+    assert b['views'] == 1 and b['cores'] == os.cpu_count() and 'torchvision' in capsys.readouterr().out
+    assert main(['bench', 'data', name, *map(str, words), 'views.kind=weak']) == 2
