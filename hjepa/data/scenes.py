@@ -199,13 +199,13 @@ def _place(p, u, M=12):
     p |= {a: np.concatenate(b, 1) for a,b in table.items()}
     p['order'] = np.argsort(p['order'], 1, kind='stable')    # from back to front
 
-# %% ../../nbs/data/10_scenes.ipynb #bc7cf3eb
-RGB = np.array([[.9,.12,.12],[.95,.5,.05],[.95,.88,.1],[.1,.68,.15],[.05,.75,.8],[.15,.25,.95],[.55,.15,.85],[.98,.4,.75]])   # COLOURS
+# %% ../../nbs/data/10_scenes.ipynb #a00a60d0
+RGB = np.array([[.9,.1,.1],[.9,.5,.05],[.9,.85,.1],[0,.85,.15],[0,.95,.95],[0,.25,.95],[.4,.1,.95],[.9,.4,.75]])   # COLOURS; they average to grey
 
 def _colours(p, u):
     "Adds paint (n,4,3): two tones of the main object, companions, inner companions; back (n,2,3): ground and sky; beam (n,2): light"
     hue, tint = RGB[p['colour']], RGB[p['tint']]
-    p['paint'] = np.stack([.7*hue+.3, .55*hue, tint, .2*tint+.8], 1)
+    p['paint'] = np.stack([.7*hue+.3, .7*hue, tint, 1-tint], 1)
     area = math.pi/4*p['radius']*p['radius']                 # as a share of the image
     small, inner, behind, on = area[:,1:]*(p['cls'][:,1:]>=0), *(p[k][:,1:] for k in ('inner','behind','on'))
     seen = small*np.where(behind, 1-on, 1)
