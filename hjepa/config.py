@@ -310,7 +310,7 @@ def cifar10() -> Recipe:
 def imagenet100() -> Recipe:
     "ImageNet-100 from a folder, ViT-S/16, two 224-pixel views. Not run: only two steps at batch 8 on random images, on a CPU."
     return from_dict(dict(name='imagenet100',
-        data=dict(name='folder:imagenet100', image=224, mean=(.485, .456, .406), std=(.229, .224, .225), workers=8),
+        data=dict(name='imagenet100', image=224, mean=(.485, .456, .406), std=(.229, .224, .225), workers=8),
         encoder=dict(patch=16, dim=384, depth=12, heads=6, layer_scale=.1, drop_path=.1),
         masks=dict(hidden=(9, 8, 4), predict=(32, 16, 4)), predictor=dict(dim=384, depth=6, heads=6), prediction=dict(share=.5),
         whole=dict(args=dict(lam=.05), hidden=2048, dim=256),
@@ -320,7 +320,7 @@ def imagenet100() -> Recipe:
 def imagenet1k_vitb16() -> Recipe:
     "ImageNet-1k, ViT-B/16: lr 5e-4, batch 1,024 in 8 pieces, warm-up 40 of 300 epochs; the whole-image statistics are of a piece, over all processes. Not run: only two steps at batch 8 on random images, on a CPU."
     return from_dict(dict(name='imagenet1k-vitb16',
-        data=dict(name='folder:imagenet', image=224, mean=(.485, .456, .406), std=(.229, .224, .225), workers=12),
+        data=dict(name='imagenet', image=224, mean=(.485, .456, .406), std=(.229, .224, .225), workers=12),
         encoder=dict(patch=16, dim=768, depth=12, heads=12, layer_scale=.1, drop_path=.1, checkpoint=True),
         masks=dict(hidden=(9, 8, 4), predict=(32, 16, 4)), predictor=dict(dim=384, depth=6, heads=12), prediction=dict(share=.5),
         whole=dict(args=dict(lam=.05), hidden=2048, dim=256),

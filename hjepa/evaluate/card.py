@@ -391,6 +391,8 @@ def report(
     **more,            # further entries of report.json
 ) -> dict: # what report.json holds
     "Judge a model beside its controls; write report.json, report.md and figures/."
+    for s in (train, test):
+        if (s.labels < 0).any(): raise HJEPAError(f'{s.name}/{s.split} has images without labels, and a card is about labels: evaluate on another set with data.name=NAME --out FOLDER.')
     t, seconds = time.perf_counter(), {}
     def lap(k): nonlocal t; seconds[k], t = time.perf_counter() - t, time.perf_counter()
     some = train.subset(stratified_subset(train.labels, labelled, seed))
