@@ -10,7 +10,7 @@ from hjepa.images import BadImage, Folder
 from hjepa.data import sets as sources
 from hjepa.data.sets import ImageSet, Mix
 from hjepa.data.loader import Loader, Stream, buffered
-from tiny import ENV
+from tiny import ENV, losses, same, tiny, weights
 
 N, B = 96, 16
 Shards = functools.partial(sources.Shards, image=8)
@@ -317,7 +317,20 @@ def test_wrong_numbers_are_refused(disk):
         with pytest.raises(HJEPAError, match='fewer than a batch'): Loader(x, 97)
         with pytest.raises(HJEPAError, match='does not divide over 3'): Loader(x, 16, world=3)
 
-# ---- the benchmark
+# ---- in use
+
+def test_fit_on_shards_is_the_same_for_any_workers(disk, tmp_path, monkeypatch):
+    from hjepa.train import fit                                       # not at the top: a spawned worker imports this file
+    monkeypatch.setenv('HJEPA_DATA', str(tmp_path))
+    r = tiny(**{'data.name': f'wds:{disk}/{{0..6}}.tar', 'train.steps': 14})            # two shuffles
+    a, b = (fit(r, out=tmp_path/str(w), **{'data.workers': w}) for w in (0, 2))
+    assert losses(a) == losses(b) and same(weights(a.model), weights(b.model)) and a.facts['images_seen'] == 14*8
+
+def test_help_of_bench_data_has_an_example_that_parses(capsys):
+    from hjepa.cli import main, parser
+    with pytest.raises(SystemExit): main(['bench', 'data', '--help'])
+    args = parser().parse_args(capsys.readouterr().out.split('example: hjepa ')[1].split())
+    assert (args.name, args.workers, args.json) == ('cifar10', [0, 1, 2], 'out.json')
 
 @pytest.mark.parametrize('kind,ours', [('folder', ['bytes', 'workers']), ('wds', ['bytes', 'workers']), ('scenes', ['device', 'workers'])])
 def test_bench_data(disk, tmp_path, monkeypatch, capsys, kind, ours):
