@@ -177,7 +177,7 @@ def test_a_real_model():
     assert one['arms']['pixels']['pixels']['mce'] == 100 and one['images'] == 20 and set(one['over']) == {'untrained', 'pooled_l0', 'pixels'}
     for arm in one['arms'].values():
         for s in arm.values():
-            lo, hi = s['corrupted_interval']; assert lo <= s['corrupted'] <= hi
-            assert s['lost'] == pytest.approx(s['clean'] - s['corrupted'], abs=2e-6) and len(s['by_corruption']) == 21
+            c = s['corrupted']; assert c['lo'] <= c['acc'] <= c['hi']
+            assert s['lost']['diff'] == pytest.approx(s['clean']['acc'] - c['acc'], abs=2e-6) and len(s['by_corruption']) == 21
     some = rb.robustness(model, twin, train, test, names=('occlusion',), severities=(3,), n=20)   # no corruption error of what is not one
     assert 'mce' not in some['arms']['hjepa']['0'] and some['arms']['pixels']['pixels']['clean'] == one['arms']['pixels']['pixels']['clean']

@@ -370,6 +370,8 @@ def answers(
     batch:int=500, progress:bool=False,
 ) -> tuple: # ({key: {'clean': (1,n) bool, name: (S,n) bool}}, {name: 'generated' or 'official files'})
     "Right or wrong, on every image, clean and corrupted."
+    if not names or not severities or not set(severities) <= {1, 2, 3, 4, 5}: raise HJEPAError(f'Name at least one corruption, and severities from 1 to 5; got {names}, {severities}.')
+    if wrong := [c for c in names if c not in _DRAW]: raise HJEPAError(f'There is no corruption {wrong[0]!r}.{nearest(wrong[0], _DRAW)}')
     index = torch.arange(len(test)) if index is None else torch.as_tensor(index)
     given = {c: official(test, c, root) if files and c not in SHIFTS else None for c in names}
     jobs, right = [('clean', 0)] + [(c, s) for c in names for s in severities], {}
@@ -378,7 +380,7 @@ def answers(
             k, y = index[i:i+len(x)], test.labels[index[i:i+len(x)]]
             for j, (c, s) in enumerate(jobs):
                 z = x if c == 'clean' else given[c](s, k.tolist()) if given[c] else corrupt(x, c, s, k.tolist(), seed, table)
-                for key, p in predict(resize(z, size)).items():
+                for key, p in predict(resize(z, size or x.shape[-1])).items():
                     right.setdefault(key, np.zeros((len(jobs), len(index)), bool))[j, i:i+len(x)] = (p.cpu() == y).numpy()
                 bar.update(len(x))
     rows = {c: [j for j, job in enumerate(jobs) if job[0] == c] for c in ('clean', *names)}
@@ -394,7 +396,7 @@ def resample(
     blocks = [rng.multinomial(len(v), np.full(len(v), 1/len(v)), min(100, n - i)) @ v for i in range(0, n, 100)]
     return np.concatenate(blocks) / len(v)
 
-def _within(draws): return [float(q) for q in np.quantile(draws, [.025, .975])]
+def _within(draws): return dict(zip(('lo', 'hi'), np.quantile(draws, [.025, .975]).tolist()))
 def _plain(v): # for JSON
     if isinstance(v, dict): return {str(k): _plain(w) for k, w in v.items()}
     if isinstance(v, (list, tuple)): return [_plain(w) for w in v]
@@ -403,16 +405,16 @@ def _plain(v): # for JSON
 # %% ../../nbs/evaluate/54_robustness.ipynb #5400002f
 def _summary(t, d, names, ref=None): # (1+K,) shares right, clean first, and (n,1+K) draws of them; ref: both, of the reference; None: AlexNet
     n = [c for c in names if c in CORRUPTIONS]; at = [1 + names.index(c) for c in n]
-    out = dict(clean=t[0], clean_interval=_within(d[:, 0]))
+    out = dict(clean=dict(acc=t[0]) | _within(d[:, 0]))
     if not n: return out
     (m, md) = (a[..., at].mean(-1) for a in (t, d))
-    out |= dict(corrupted=m, corrupted_interval=_within(md), lost=t[0] - m, lost_interval=_within(d[:, 0] - md))
+    out |= dict(corrupted=dict(acc=m) | _within(md), lost=dict(diff=t[0] - m) | _within(d[:, 0] - md))
     if set(n) != set(CORRUPTIONS): return out
     err = lambda a: {c: 1 - a[..., i] for c, i in zip(n, at)}
     them = (ALEXNET, ALEXNET_CLEAN) if ref is None else (err(ref[0]), 1 - ref[0][0])
     out |= corruption_error(err(t), them[0], 1 - t[0], them[1])
     md = corruption_error(err(d), ALEXNET if ref is None else err(ref[1]))['mce']
-    return out | dict(mce_interval=None if md is None else _within(md))
+    return out | (dict(mce_lo=None, mce_hi=None) if md is None else {f'mce_{k}': v for k, v in _within(md).items()})
 
 def summarise(
     answers:dict,      # {key: {'clean': (1,N), corruption: (S,N)}}, of answers()
@@ -425,7 +427,7 @@ def summarise(
     draws = dict(zip(cols, np.split(resample(np.concatenate(list(cols.values()), 1), n, seed), len(cols), 1)))
     mean = {k: v.mean(0) for k, v in cols.items()}; ref = None if reference is None else (mean[reference], draws[reference])
     at = [1 + i for i, c in enumerate(names) if c in CORRUPTIONS] or slice(1, None)
-    by = lambda k: {c: dict(accuracy=answers[k][c].mean(1).tolist(), mean=mean[k][1+i], interval=_within(draws[k][:, 1+i])) for i, c in enumerate(names)}
+    by = lambda k: {c: dict(acc=mean[k][1+i]) | _within(draws[k][:, 1+i]) | dict(severities=answers[k][c].mean(1).tolist()) for i, c in enumerate(names)}
     return {k: _summary(mean[k], draws[k], names, ref) | dict(by_corruption=by(k)) for k in cols}, {k: d[:, at].mean(1) for k, d in draws.items()}
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000032
@@ -466,7 +468,7 @@ def robustness(
     s, draws = summarise(right, names, ('pixels', 'pixels') if ref == 'pixels' else None, seed)
     level, main = {a: choose_level(h) for a, h in heads.items()}, [c for c in names if c in CORRUPTIONS] or names
     mine, mean = ('hjepa', level['hjepa']), lambda k: np.mean([right[k][c].mean() for c in main])
-    minus = lambda k: dict(level=k[1], diff=mean(mine) - mean(k), interval=_within(draws[mine] - draws[k]))
+    minus = lambda k: dict(level=k[1], diff=mean(mine) - mean(k)) | _within(draws[mine] - draws[k])
     return _plain(dict(protocol='linear probe on mean features, fitted on clean images', set=f'{test.name}/{test.split}', images=len(right['pixels', 'pixels']['clean'][0]),
         labelled=len(train), seed=seed, severities=list(severities), table=table or table_for(side), pixels=side, source=source,
         procedural=[c for c in PROCEDURAL if source.get(c) == 'generated'],
@@ -481,12 +483,12 @@ def plot_severity(
     "Accuracy against severity."
     some = lambda cs: [c for c in cs if c in result['source']]
     panels = {k: v for k, v in (FAMILIES | dict(validation=VALIDATION) | {s: (s,) for s in SHIFTS}).items() if some(v)}
-    fig, axes = plt.subplots(1, len(panels), figsize=(1.6*len(panels) + .6, 2.5), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(1.5*len(panels) + 1.6, 2.5), sharey=True, squeeze=False)
     for ax, (title, cs) in zip(axes[0], panels.items()):
         for arm, l in result['level'].items():
             r = result['arms'][arm][l]
-            y = np.mean([r['by_corruption'][c]['accuracy'] for c in some(cs)], 0)
-            ax.plot([0, *result['severities']], 100*np.array([r['clean'], *y]), 'o-', ms=3, color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
-        ax.set(title=title, xlabel='severity')
-    axes[0, 0].set_ylabel('test accuracy, %'); axes[0, -1].legend(fontsize=6)
+            y = np.mean([r['by_corruption'][c]['severities'] for c in some(cs)], 0)
+            ax.plot([0, *result['severities']], 100*np.array([r['clean']['acc'], *y]), 'o--' if arm == 'pooled_l0' else 'o-', ms=3, color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
+        ax.set(title=title, xlabel='severity', xticks=range(6))
+    axes[0, 0].set_ylabel('test accuracy, %'); fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper', fontsize=8, title='arm, level')
     return fig
