@@ -349,7 +349,7 @@ def official(
         if a.shape != (5*n, 32, 32, 3) or not np.array_equal(y, np.tile(test.labels.numpy(), 5)):
             raise DataError(f'{f} does not belong to these {n} test images: pass the whole test set, in its order, or files=False.')
         return lambda s, i: torch.from_numpy(a[(s-1)*n + np.asarray(i)]).permute(0, 3, 1, 2).contiguous()
-    if is_imagenet(test) and (root/'ImageNet-C'/name).is_dir() and getattr(test.images, 'base', 0) is None:
+    if is_imagenet(test) and (root/'ImageNet-C'/name).is_dir() and isinstance(getattr(test.images, 'items', [0])[0], (str, Path)):
         place = lambda s, p: root/'ImageNet-C'/name/str(s)/Path(p).parent.name/Path(p).name
         return lambda s, i: Folder([place(s, test.images.items[j]) for j in i], test.images.image)[:]
 
