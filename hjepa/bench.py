@@ -5,18 +5,30 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'bench_masks', 'bench_recipe', 'Step', 'sync', 'timed', 'standing_bytes', 'peak_bytes', 'best_device',
            'machine', 'PeerStep', 'serve_peer', 'Peer', 'side', 'our_facts', 'ratios', 'bench_step', 'versus',
-           'finish_json', 'compare', 'one_level', 'bench_choices']
+           'finish_json', 'compare', 'one_level', 'bench_choices', 'photos', 'our_views', 'Pictures', 'Endless',
+           'their_views', 'rate', 'data_share', 'bench_data', 'sides_of', 'data_table']
 
 # %% ../nbs/90_bench.ipynb #fc025199
 import copy, json, os, platform, statistics, subprocess, sys, tempfile, time
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
-import torch
+import numpy as np, torch
+import torchvision.transforms.v2 as T
 from fastcore.basics import patch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import default_loader
 from .config import HJEPAError, Recipe, from_dict, nearest, recipe
+from .files import write
+from .images import Folder
+from .data.scenes import scenes
+from .data.sets import load
+from .data.views import make_views, recolour
+from .data.loader import Loader
 from .model import build
 from .optim import cosine, param_groups
+from .train import Crops, step_draws
 
 # %% ../nbs/90_bench.ipynb #273a1fa5
 ENCODERS = {'vit_tiny': (192, 3), 'vit_small': (384, 6), 'vit_base': (768, 12)} # width, heads; all are 12 blocks deep
@@ -71,11 +83,13 @@ class Step:
         self.draw = torch.Generator().manual_seed(r.seed)
         V, B, S = r.views.count, r.train.batch, r.data.image
         self.views = torch.randn(V, B, 3, S, S, generator=torch.Generator().manual_seed(r.seed)).to(self.device)
+        n, s = r.views.local, r.views.local_size
+        self.local = [torch.randn(n, B, 3, s, s, generator=torch.Generator().manual_seed(r.seed)).to(self.device)] if n else []
         self.params = [p for p in self.model.parameters() if p.requires_grad]
 
 # %% ../nbs/90_bench.ipynb #0d89b828
 @patch
-def pieces(self:Step): # yields (views, masks)
+def pieces(self:Step): # yields (views, masks), or (views, masks, local views)
     "Fresh masks, and the batch in as many pieces as the recipe says."
     V, B, k = self.r.views.count, self.r.train.batch, self.r.train.accumulate
     masks = self.model.draw_masks(V*B, self.draw)
@@ -83,14 +97,14 @@ def pieces(self:Step): # yields (views, masks)
         rows = torch.arange(i, i + B // k)
         m = masks if k == 1 else masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
-        yield self.views[:, i:i + B // k], m
+        yield self.views[:, i:i + B // k], m, *(x[:, i:i + B // k] for x in self.local)
 
 @patch
 def __call__(self:Step):
     "Masks, target, context, predictor, backward, clip, AdamW, slow copy."
     if self.n == 0: self.model.calibrate(self.pieces())
-    for views, masks in self.pieces():
-        with self.autocast(): loss = self.model(views, masks, self.n)['loss']
+    for views, masks, *local in self.pieces():
+        with self.autocast(): loss = self.model(views, masks, self.n, *local)['loss']
         (loss / self.r.train.accumulate).backward()
     if self.r.optim.clip: torch.nn.utils.clip_grad_norm_(self.params, self.r.optim.clip)
     self.opt.step(); self.opt.zero_grad(set_to_none=True)
@@ -358,3 +372,124 @@ def bench_choices(r, device=None, **kw) -> dict: # name -> figures, see compare(
     levels = f'{len(r.levels.cells)} levels, {kinds[0]}'
     return compare({levels: r, f'1 level, {kinds[0]}': one_level(r), **{f'{len(r.levels.cells)} levels, {a}': recipe(r, **{'predictor.attention': a}) for a in kinds[1:]}},
                    device, **kw)
+
+# %% ../nbs/90_bench.ipynb #8d65ae82
+def photos(folder, n:int=256, seed:int=0) -> Path: # a folder with one class
+    "JPEGs of 500x375, written from scenes."
+    (folder := Path(folder)/'scenes').mkdir(parents=True)
+    g = torch.Generator().manual_seed(seed)
+    for i in range(0, n, 32):
+        for k, im in enumerate(scenes(min(32, n - i), 256, seed=seed + i)[0], i):
+            im = Image.fromarray(im.permute(1, 2, 0).numpy()).resize((500, 375), Image.Resampling.BICUBIC)
+            im = torch.from_numpy(np.array(im)) + 12 * torch.randn(375, 500, 1, generator=g)
+            Image.fromarray(im.clamp(0, 255).byte().numpy()).save(folder/f'{k:05}.jpg', quality=90)
+    return folder.parent
+
+# %% ../nbs/90_bench.ipynb #a8a9d719
+def our_views(images, r:Recipe, device, workers:int, kind:str): # yields (V,B,3,S,S) without end
+    "Step after step as `fit` makes them; kind: device, bytes or workers."
+    d, make = r.data, Crops(r) if kind == 'workers' else None
+    for s, x in enumerate(Loader(images, r.train.batch, r.seed, device=device, workers=workers, make=make).run(0, sys.maxsize)):
+        draw, _ = step_draws(r, s)
+        yield recolour(x[0], draw, d.mean, d.std) if make else make_views(x, draw, d.image, d.mean, d.std)
+
+class Pictures:
+    "Pictures and transforms as torchvision has them."
+    def __init__(self, images, r:Recipe, kind:str):
+        v, d = r.views, r.data
+        if (v.kind, v.crop, v.solarize, v.blur, v.local) != ('jitter', 'resized', 0, 0, 0): raise HJEPAError("bench data compares the views of kind 'jitter': leave views.kind, crop, solarize, blur and local as they are.")
+        first, last = ([T.ToImage()], []) if kind == 'tensors' else ([], [T.ToImage()])
+        self.make, self.count = T.Compose([*first, T.RandomResizedCrop(d.image, scale=v.scale, ratio=v.ratio), T.RandomHorizontalFlip(v.flip),
+            T.RandomApply([T.ColorJitter(v.brightness, v.contrast, v.saturation, v.hue)], v.jitter), T.RandomGrayscale(v.gray), *last, T.ToDtype(torch.float32, scale=True), T.Normalize(d.mean, d.std)]), v.count
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy() if isinstance(images, torch.Tensor) else images
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        x = self.images
+        files = isinstance(x, Folder) and x.opener is None
+        im = Image.fromarray(x[i]) if isinstance(x, np.ndarray) else default_loader(x.items[i]) if files else x.open(i)
+        return [self.make(im) for _ in range(self.count)]
+
+# %% ../nbs/90_bench.ipynb #8d4beef8
+class Endless:
+    "A sampler: shuffle after shuffle."
+    def __init__(self, n): self.n = n
+    def __iter__(self):
+        g = torch.Generator().manual_seed(0)
+        while True: yield from torch.randperm(self.n, generator=g).tolist()
+
+def their_views(images, r:Recipe, device, workers:int, kind:str): # yields V tensors (B,3,S,S) without end
+    "torchvision alone; kind: PIL or tensors."
+    dl = DataLoader(Pictures(images, r, kind), r.train.batch, sampler=Endless(len(images)), num_workers=workers, pin_memory=torch.device(device).type == 'cuda', drop_last=True)
+    for views in dl: yield [v.to(device, non_blocking=True) for v in views]
+
+def rate(batches, steps:int, warm:int, r:Recipe, device) -> float: # images a second
+    "Of a generator of batches; its workers start before the clock does, and end here."
+    try:
+        for _ in range(warm): next(batches)
+        return steps * r.train.batch / timed(lambda: next(batches), steps, device)
+    finally: batches.close()
+
+# %% ../nbs/90_bench.ipynb #2c0e2c05
+def data_share(images, r:Recipe, device, workers:int, kind:str, steps:int, rounds:int, precision='fp32') -> dict:
+    "Training steps on views that lie ready, and on views that the loader brings, in turn."
+    s, rows = Step(r, device, precision), []
+    s()
+    for _ in range(rounds):
+        alone, batches, wait = timed(s, steps, device), our_views(images, r, device, workers, kind), []
+        def bring(): s.views = next(batches)
+        def fed(): wait.append(timed(bring, 1, device)); s()
+        fed(); wait.clear()
+        rows.append((alone, timed(fed, steps, device), sum(wait)))
+        batches.close()
+    mid = lambda f: statistics.median(f(*x) for x in rows)
+    return dict(encoder=r.name.removeprefix('bench-'), patch=r.encoder.patch, batch=r.train.batch, workers=workers, back_end=kind, precision=precision, steps=steps,
+        seconds_alone=mid(lambda a, f, w: a / steps), seconds_with_data=mid(lambda a, f, w: f / steps),
+        share_waited=mid(lambda a, f, w: w / f), longer=mid(lambda a, f, w: f / a - 1), rounds=rows)
+
+# %% ../nbs/90_bench.ipynb #11ec7981
+def bench_data(
+    name,             # what `load` knows, or 'photos': JPEGs of 500x375 written for this
+    encoder='vit_small', image=None, patch=None, batch=None, # of the training step; None: what suits the set
+    workers=None,     # numbers of workers to try; None: 0, 1, and as many as there are cores
+    device=None, precision='fp32',
+    steps:int=20, rounds:int=3, # timed batches of each side in a round
+    n=None,           # at most so many images; of photos, how many are written (256)
+    out=None,         # file to write the JSON to
+    change=None,      # dict: changes of the recipe
+) -> dict:
+    "Images a second from bytes or files to views, beside torchvision alone, and the data's share of a training step."
+    start, device, workers = time.perf_counter(), device or best_device(), sorted({0, 1, os.cpu_count()} if workers is None else set(workers))
+    with tempfile.TemporaryDirectory() if name == 'photos' else nullcontext() as d:
+        x = load(f'folder:{photos(d, n or 256)}' if d else name, 'train', image=image, n=None if d else n).images
+        lazy, side_ = not isinstance(x, torch.Tensor) and not getattr(x, 'resident', False), x.shape[-1] if isinstance(x, torch.Tensor) else x.image
+        r = bench_recipe(encoder, side_, patch or (16 if side_ >= 64 else 4), batch or (32 if lazy else 256))
+        r = recipe(r, **{'views.count': 2, 'data.name': name} | (change or {}))
+        sides, best = sides_of(x, r, lazy, workers, device, steps, rounds)
+        kind, w = ('workers', max(workers)) if lazy else ('device', 0)
+        res = dict(what='from bytes or files to normalised views on the device, beside a DataLoader of torchvision transforms', set=name, images=len(x), image=side_, views=r.views.count,
+            batch=r.train.batch, steps=steps, rounds=rounds, **machine(device), sides=sides, **best, step=data_share(x, r, device, w, kind, max(2, steps // 5), rounds, precision))
+    res['seconds'] = round(time.perf_counter() - start, 1)
+    if out: write(out, json.dumps(res, indent=1) + '\n')
+    return res
+
+# %% ../nbs/90_bench.ipynb #467f23b7
+def sides_of(x, r:Recipe, lazy:bool, workers, device, steps:int, rounds:int) -> tuple: # rates by side, the best of each
+    "All sides, in turns; bytes are left out of the ratio, since they show less of a picture."
+    ours = ([('bytes', w) for w in workers] if lazy else [('device', 0)]) + [('workers', w) for w in workers]
+    todo = {('ours', *k): our_views for k in ours} | {('torchvision', k, w): their_views for k in ('PIL', 'tensors') for w in workers}
+    rates = {k: [] for k in todo}
+    for _ in range(rounds):
+        for k, f in todo.items(): rates[k].append(rate(f(x, r, device, k[2], k[1]), steps, 2 + k[2], r, device))
+    mid = {k: statistics.median(v) for k, v in rates.items()}
+    a, b = (max((k for k in mid if k[0] == who and k[1] != 'bytes'), key=mid.get) for who in ('ours', 'torchvision'))
+    sides = [dict(side=k[0], back_end=k[1], workers=k[2], images_per_second=mid[k], rounds=rates[k]) for k in todo]
+    return sides, dict(best=[list(a), list(b)], **ratios(rates[a], rates[b]))
+
+def data_table(res:dict) -> str:
+    "The figures as text."
+    rows = [f"{s['side']:12} {s['back_end']:8} {s['workers']} workers {s['images_per_second']:10,.0f} images/s" for s in res['sides']]
+    s, words = res['step'], lambda k: f"{k[0]} {k[1]} with {k[2]} workers"
+    return '\n'.join([f"{res['set']}: {res['images']:,} images, {res['views']} views of {res['image']} pixels, batches of {res['batch']}, {res['device']}", *rows,
+        f"{words(res['best'][0])} / {words(res['best'][1])}: {res['ratio']:.2f} ({res['ratio_range'][0]:.2f} to {res['ratio_range'][1]:.2f})",
+        f"{s['encoder']}/{s['patch']}, batch {s['batch']}, {s['back_end']} with {s['workers']} workers: {s['share_waited']:.1%} of a step is spent waiting for data; "
+        f"a step takes {s['seconds_with_data']:.3g} s, {s['longer']:+.1%} of one on images that lie ready"])

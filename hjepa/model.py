@@ -12,9 +12,10 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .config import HJEPAError, Recipe, from_yaml, nearest, recipe, to_yaml
+from .files import whole
 from .data.views import normalise
 from .parts.patch import gather
 from .parts.encoder import Encoder
@@ -101,6 +102,7 @@ def forward(self:HJEPA,
     views:Tensor, # (V,B,C,H,W) normalised
     masks:Masks,  # for the V*B view images, view by view
     step:int=0,   # seeds the random directions of the whole-image loss
+    local:Tensor|None=None, # (n,B,C,s,s) small views, whole: their codes join those of the others
 ) -> dict:        # 'loss' and its parts; level losses are relative to chance
     "Loss of one batch."
     V, B = views.shape[:2]
@@ -114,8 +116,8 @@ def forward(self:HJEPA,
         out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)}
         total = total + self.recipe.prediction.weight * pred
     if self.whole:
-        z = self.projector(ctx.mean(1))
-        whole = self.whole(z.unflatten(0, (V, B)), step)
+        codes = [ctx.mean(1)] + ([] if local is None else [self.encoder(local.flatten(0, 1)).mean(1)])
+        whole = self.whole(self.projector(torch.cat(codes)).unflatten(0, (-1, B)), step)
         out['whole'] = whole.detach()
         total = total + self.recipe.whole.weight * whole
     return {'loss': total, **out}
@@ -142,10 +144,10 @@ def predict(self:HJEPA, x, ctx, masks) -> list: # per level a scalar, relative t
     return losses
 
 @patch
-def calibrate(self:HJEPA, pieces): # of (views, masks): one whole batch
+def calibrate(self:HJEPA, pieces): # of (views, masks, ...): one whole batch
     "Set the chance levels from a batch before the first step."
     if not self.levels_predicted: return
-    rows = [(v.flatten(0, 1)[self.predicted_rows(*v.shape[:2])], m.origins) for v, m in pieces]
+    rows = [(v.flatten(0, 1)[self.predicted_rows(*v.shape[:2])], m.origins) for v, m, *_ in pieces]
     for c, ts in zip(self.chance, zip(*[self.targets(x, o, levels=self.levels_predicted) for x, o in rows])): c.calibrate(ts)
 
 @patch
@@ -175,24 +177,20 @@ def step_cost(self:HJEPA, batch:int=4) -> dict: # flops_per_image, tokens per im
     dev, V = m.encoder.norm.weight.device, r.views.count
     masks = m.draw_masks(V*batch, device=dev)
     views = torch.zeros(V, batch, 3, r.data.image, r.data.image, device=dev)
-    with torch.random.fork_rng(), FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): m(views, masks)['loss'].backward()
+    n, s = r.views.local, r.views.local_size
+    local = torch.zeros(n, batch, 3, s, s, device=dev) if n else None
+    with torch.random.fork_rng(), FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): m(views, masks, local=local)['loss'].backward()
     share = r.prediction.share if self.levels_predicted else 0
-    return dict(flops_per_image=c.get_total_flops() / batch, tokens=dict(context=V * masks.context.shape[1],
+    return dict(flops_per_image=c.get_total_flops() / batch, tokens=dict(context=V * masks.context.shape[1] + n * (s // r.encoder.patch)**2,
         target=V * share * self.pyramid.sizes[0], predictor=V * share * sum(t.shape[1] for t in masks.targets)))
 
 # %% ../nbs/40_model.ipynb #ddee4458
 def write_tensors(path, tensors:dict, metadata:dict):
     "Write a safetensors file and put it in place atomically."
-    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, also=(SafetensorError,)) as tmp:
         tmp.touch(); mode = tmp.stat().st_mode                  # safetensors would leave a file that only its owner can read
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
         tmp.chmod(mode)
-        os.replace(tmp, path)
-    except Exception as e:
-        tmp.unlink(missing_ok=True)
-        raise HJEPAError(f"Could not write {path} ({e}): free some disk space or choose another folder; what was saved before is whole.") from e
 
 @patch
 def save(self:HJEPA, path, **facts): # facts: strings added to the metadata

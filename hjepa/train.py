@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'as_images', 'check_item', 'native_bf16', 'accelerator', 'same_recipe', 'run_folder', 'Run', 'write_rows',
-           'read_rows', 'Trainer', 'in_notebook', 'stop_signals', 'board', 'fit', 'finish', 'past', 'device_name']
+           'read_rows', 'Trainer', 'step_draws', 'Crops', 'in_notebook', 'stop_signals', 'board', 'fit', 'finish',
+           'past', 'device_name']
 
 # %% ../nbs/61_train.ipynb #cba202a7
 import csv, json, math, os, platform, signal, statistics, sys, threading, time
@@ -18,14 +19,15 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .config import HJEPAError, Recipe, fields, from_yaml, recipe, to_yaml
+from .files import whole, write
 from .data.sets import ImageSet, load as load_images
-from .data.views import draw_views, make_views
+from .data.views import draw_views, make_views, pil_crops, recolour
 from .data.loader import Loader, mixed_seed
 from .losses.prediction import all_mean
 from .optim import cosine, learning_rate, param_groups
 from .model import HJEPA, build, read_tensors, write_tensors
 from .monitor import Monitor
-from .evaluate.card import commit, plot_history, read_history, write
+from .evaluate.card import commit, plot_history, read_history
 from .style import style
 
 # %% ../nbs/61_train.ipynb #ffe70025
@@ -42,7 +44,7 @@ def as_images(data, r:Recipe): # -> uint8 (N,3,S,S) tensor or lazy sequence, lab
         if x.dtype != torch.uint8: raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
         if x.ndim != 4 or x.shape[1] != 3: raise HJEPAError(f"Images must be (N,3,H,W) and these are {tuple(x.shape)}: permute or repeat channels.")
         if x.shape[-2:] != (r.data.image,)*2: raise HJEPAError(f"The images are {x.shape[2]}x{x.shape[3]} and data.image is {r.data.image}: resize them or change data.image.")
-    else: check_item(x, r.data.image)
+    elif not hasattr(x, 'open'): check_item(x, r.data.image)      # what opens pictures sizes them, and reports a broken one
     return x, labels
 
 def check_item(x, size:int):
@@ -108,11 +110,8 @@ class Run:
 
 def write_rows(path:Path, rows:list):
     "A CSV with the union of the rows' columns, put in place atomically."
-    keys = list(dict.fromkeys(k for r in rows for k in r)); tmp = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(tmp, 'w', newline='') as f: w = csv.DictWriter(f, keys); w.writeheader(); w.writerows(rows)
-        os.replace(tmp, path)
-    except OSError as e: raise HJEPAError(f"Could not write {path} ({e}): free some disk space or choose another folder; what was saved before is whole.") from None
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+    with whole(path) as tmp, open(tmp, 'w', newline='') as f: w = csv.DictWriter(f, keys); w.writeheader(); w.writerows(rows)
 
 def read_rows(path:Path) -> list:
     "Rows of a CSV as numbers."
@@ -128,7 +127,8 @@ class Trainer:
         self.acc = accelerator(t.device); self.device, self.main = self.acc.device, self.acc.is_main_process
         bf16 = t.precision == 'bf16' or (t.precision == 'auto' and native_bf16(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
-        self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers)
+        pictures = hasattr(images, 'open') and not getattr(images, 'resident', False)   # files, to be cut where they are decoded
+        self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers, Crops(r) if pictures else None)
         if (t.batch // self.acc.num_processes) % t.accumulate: raise HJEPAError(f"A share of {t.batch // self.acc.num_processes} images a process does not divide into {t.accumulate} pieces: change train.batch or train.accumulate.")
         self.model = model.to(self.device).train()
         self.opt = torch.optim.AdamW(param_groups(self.model, r.optim.wd), lr=r.optim.lr, betas=r.optim.betas, fused=self.device.type in ('cpu', 'cuda'))
@@ -140,31 +140,54 @@ class Trainer:
         self.step, self.steps, self.seconds, self.rows, self.facts = 0, None, 0., [], dict(precision='bf16' if bf16 else 'fp32')
         self.monitor = self.make_monitor(images, labels)
 
+# %% ../nbs/61_train.ipynb #31f6b08a
+def step_draws(r:Recipe, step:int, aspect=None): # -> ViewDraw of the whole batch, and the generator for what comes after
+    "What is random about the views of a step."
+    g = torch.Generator().manual_seed(mixed_seed(r.seed, step, 1))
+    return draw_views(r.train.batch, r.views, g, aspect), g
+
+@dataclass
+class Crops:
+    "What a worker makes of the pictures of a step: crops as bytes, a tensor a size."
+    r:Recipe
+    def __call__(self, pils, step:int, rows): # `rows`: the pictures' places in the whole batch
+        aspect = torch.ones(self.r.train.batch)
+        aspect[rows] = torch.tensor([p.width / p.height for p in pils])
+        draw = step_draws(self.r, step, aspect)[0][rows]
+        return tuple(pil_crops(pils, d, s) for d, s in ((draw, self.r.data.image), (draw.local, self.r.views.local_size)) if d)
+
 # %% ../nbs/61_train.ipynb #9102cd37
 @patch
 def make_monitor(self:Trainer, images, labels, n=2000):
     "A monitor on a fixed sample of training images."
     if not self.r.train.monitor: return None
-    i = torch.randperm(len(images), generator=torch.Generator().manual_seed(mixed_seed(self.r.seed, 99)))[:n]
-    x = images[i] if isinstance(images, Tensor) else torch.stack([images[int(j)] for j in i[:256]])
-    return Monitor(x, None if labels is None else labels[i[:len(x)]])
+    if isinstance(images, Tensor): i = torch.randperm(len(images), generator=torch.Generator().manual_seed(mixed_seed(self.r.seed, 99)))[:n]; x = images[i]
+    else: few = Loader(images, min(256, len(images)), mixed_seed(self.r.seed, 99)); i = few.indices(0); [x] = few.run(0, 1)
+    return Monitor(x, None if labels is None or (labels[i] < 0).any() else labels[i])
 
 @patch
-def pieces(self:Trainer, images:Tensor, step:int): # yields (views, masks) of each piece of this process's share
+def views(self:Trainer, x, draw, rows): # yields (V,b,3,S,S), and (n,b,3,s,s) of local views if there are any
+    "The views of some rows of a batch: of bytes (B,3,S,S), or of crops that workers made."
+    d = self.r.data
+    for k, (part, size) in enumerate(((draw, d.image), (draw.local, self.r.views.local_size))):
+        if part is None: return
+        yield make_views(x[rows.to(x.device)], part, size, d.mean, d.std) if isinstance(x, Tensor) else recolour(x[k][:, rows.to(x[k].device)], part, d.mean, d.std)
+
+@patch
+def pieces(self:Trainer, images, step:int): # yields (views, masks), or (views, masks, local views), of each piece of this process's share
     "Draw views and masks for the whole batch from (seed, step); make this process's."
     r, world, rank = self.r, self.acc.num_processes, self.acc.process_index
-    g = torch.Generator().manual_seed(mixed_seed(r.seed, step, 1))
-    B, V, b = r.train.batch, r.views.count, len(images)
-    draw, masks = draw_views(B, r.views, g), self.model.draw_masks(V*B, g)
+    B, V, (draw, g) = r.train.batch, r.views.count, step_draws(r, step)
+    b, masks = B // world, self.model.draw_masks(V*B, g)
     for rows in torch.arange(rank*b, (rank+1)*b).chunk(r.train.accumulate):
-        views = make_views(images[rows.to(images.device) - rank*b], draw[rows], r.data.image, r.data.mean, r.data.std)
+        views, *local = self.views(images, draw[rows], rows - rank*b)
         m = masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
-        yield views, m
+        yield views, m, *local
 
 # %% ../nbs/61_train.ipynb #238c1862
 @patch
-def update(self:Trainer, images:Tensor, step:int) -> dict: # losses, as tensors on the device
+def update(self:Trainer, images, step:int) -> dict: # losses, as tensors on the device
     "One optimizer step on this process's images."
     o, t, x = self.r.optim, self.r.train, step / max(self.steps - 1, 1)
     for g in self.opt.param_groups:
@@ -173,9 +196,9 @@ def update(self:Trainer, images:Tensor, step:int) -> dict: # losses, as tensors 
     torch.manual_seed(mixed_seed(self.r.seed, step, 2, self.acc.process_index))      # stochastic depth
     if step == 0: self.model.calibrate(self.pieces(images, step))
     total = {}
-    for i, (views, masks) in enumerate(self.pieces(images, step), 1):
+    for i, (views, masks, *local) in enumerate(self.pieces(images, step), 1):
         with nullcontext() if i == t.accumulate else self.acc.no_sync(self.net):
-            with self.autocast(): losses = self.net(views, masks, step)
+            with self.autocast(): losses = self.net(views, masks, step, *local)
             self.acc.backward(losses['loss'] / t.accumulate)
         for k, v in losses.items(): total[k] = total.get(k, 0.) + v.detach() / t.accumulate
     if o.clip: torch.nn.utils.clip_grad_norm_(self.params, o.clip)
@@ -342,13 +365,14 @@ def board(out):
 def fit(
     r,                # recipe: a name, a YAML path, a Recipe, or nested dicts
     model:HJEPA|None=None, # to train on; None = a fresh one from the recipe's seed
-    data=None,        # images: an ImageSet, uint8 (N,3,H,W), or None = the recipe's data by name
+    data=None,        # images: a name (it goes into the recipe), an ImageSet, uint8 (N,3,H,W), or None = the recipe's by name
     out=None,         # run directory; None = the next free runs/NAME. An interrupted run in it goes on
     fresh:bool=False, # set an old run in that folder aside and start over
     live:bool|None=None, # draw the curves while training; None = in a notebook yes, elsewhere no
     **overrides,      # recipe keys: minutes=.5, optim__lr=1e-3
 ) -> Run:
     "Train a hierarchical JEPA."
+    if isinstance(data, str): overrides['data.name'], data = data, None
     r = recipe(r, **overrides)
     for k in ('encoder', 'levels', 'masks', 'predictor', 'prediction', 'whole') if model is not None else ():
         if getattr(model.recipe, k) != getattr(r, k): raise HJEPAError(f"The model's {k} is not the recipe's: pass the recipe the model was built with (model.recipe).")
@@ -371,6 +395,9 @@ def finish(tr:Trainer, done:bool) -> Run:
     tr.facts |= dict(train_seconds=round(tr.seconds, 2), images_seen=seen, images_per_second=round(seen / max(tr.seconds, 1e-9), 1), steps=tr.step,
         params=sum(p.numel() for p in m.encoder.parameters()), params_trained=sum(p.numel() for p in tr.params),
         device=device_name(tr.device), processes=tr.acc.num_processes, torch=torch.__version__, **m.step_cost(), **past(tr.out))
+    if hasattr(tr.loader.images, 'part_of'):                    # a mixture
+        tr.loader.step = tr.step; tr.facts['shares'] = tr.loader.shares()
+        if tr.main: print('drawn from: ' + ', '.join(f'{k} {v:.1%}' for k, v in tr.facts['shares'].items()))
     if tr.main: write(tr.out / 'run.json', json.dumps(tr.facts, indent=1))
     return Run(tr.out, m, tr.r, tr.rows, tr.monitor.rows if tr.monitor else [], tr.facts, done)
 

@@ -11,7 +11,7 @@ from tiny import ENV, TINY, images, tiny
 
 SMALL = ['encoder.patch=8', 'encoder.dim=16', 'encoder.depth=2', 'encoder.heads=2', 'predictor.dim=16', 'predictor.heads=2', 'whole.hidden=32', 'whole.dim=8',
          'train.batch=16', 'steps=3', 'device=cpu', 'precision=fp32', 'monitor=0', 'log=1', 'labelled=60']
-HELPED = ('train', 'evaluate', 'data', 'bench', 'recipes')
+HELPED = ('train', 'evaluate', 'compare', 'data', 'bench', 'recipes')
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch): # a small data set on disk: 3 classes; and a home of its own, with no way to a network
@@ -61,7 +61,7 @@ def test_mistakes_are_2_and_name_the_cure(folder, capsys):
     refused(capsys, ['train', 'cifar10-cpu', pics, *SMALL, 'device=tpu'], "'tpu' is unknown")
     refused(capsys, ['train', folder/'no.yaml'], 'No recipe file')
     refused(capsys, ['evaluate', folder/'nowhere'], 'nowhere', 'check the path')
-    refused(capsys, ['data', 'cifar100'], "Unknown data set 'cifar100'")
+    refused(capsys, ['data', 'cifar1000'], "Unknown data set 'cifar1000'", 'cifar100'); refused(capsys, ['data', 'draw', 'scenes'], 'fetch, info or show')
     refused(capsys, ['recipes', 'cifar'], "Unknown recipe 'cifar'")
     assert not (folder/'runs').exists()
 
@@ -151,6 +151,10 @@ def test_train_evaluate_and_report(folder, capsys):
     assert status == 0 and second['scores'] == rep['scores'] and second['images_seen'] == 48 and json.loads((folder/'e.json').read_text())['scores'] == rep['scores']
     status, out, _ = main(capsys, 'train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--out', run, '--no-report', '--json', folder/'f.json')
     assert status == 0 and json.loads((folder/'f.json').read_text())['images_seen'] == 48       # finished: read, not trained again
+    status, out, _ = main(capsys, 'compare', run, again, '--json', folder/'c.json')
+    assert status == 0 and json.loads((folder/'c.json').read_text())['knn'][str(again)]['minus_first'] == dict(diff=0., lo=0., hi=0.) and '+0.0 [+0.0, +0.0]' in out
+    refused(capsys, ['compare', run, folder/'pics'], 'hjepa evaluate'); refused(capsys, ['compare', run], 'two different')
+    (again/'answers.npz').write_bytes((again/'answers.npz').read_bytes()[:50]); refused(capsys, ['compare', run, again], 'no whole report card')
 
 def check(rep): # the keys that the report promises
     for k in 'data recipe commit device torch train_seconds images_seen images_per_second params flops_per_image collapse scores'.split(): assert k in rep, k

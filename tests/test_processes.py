@@ -5,7 +5,7 @@ from hjepa.config import change
 from hjepa.train import fit
 from tiny import ENV, TINY, images
 
-CASES = {'sigreg': {}, 'vicreg': {'whole.kind': 'vicreg', 'whole.args': {}}, 'share': {'prediction.share': .5},
+CASES = {'local': {'views.local': 2, 'views.local_size': 16}, 'sigreg': {}, 'vicreg': {'whole.kind': 'vicreg', 'whole.args': {}}, 'share': {'prediction.share': .5},
          'pieces': {'whole.kind': 'none', 'train.accumulate': 2}, 'pieces-sigreg': {'train.accumulate': 2, 'encoder.drop_path': .2}}
 WORKER = '''
 import sys, torch
@@ -21,7 +21,7 @@ def update(self, x, step, f=Trainer.update): # notes the target as the wrapped m
     net = self.net.train(); assert type(net).__name__ == 'DistributedDataParallel' and net.module is self.model
     if step == 0:
         assert all(torch.equal(a, b) for a, b in zip(self.model.target.parameters(), self.model.encoder.parameters(), strict=True))
-        v, _ = next(self.pieces(x, 0)); got = self.model.targets(v[0])
+        v, *_ = next(self.pieces(x, 0)); got = self.model.targets(v[0])
         self.model.eval(); assert not any(m.training for m in self.model.target.modules())
         assert all(torch.equal(a, b) for a, b in zip(got, self.model.targets(v[0]))); net.train()
         assert not any(m.training for m in self.model.target.modules())

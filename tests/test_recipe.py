@@ -54,6 +54,8 @@ def test_field_is_read(read, leaf): assert leaf in read, f'no module reads {leaf
 CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.image', 40), ('data.mean', (.5, .5, .5)), ('data.std', (.2, .2, .2)),
     ('views.count', 3), ('views.scale', (.6, 1.)), ('views.ratio', (1., 1.)), ('views.flip', 0.), ('views.jitter', 0.), ('views.brightness', 0.),
     ('views.contrast', 0.), ('views.saturation', 0.), ('views.hue', 0.), ('views.gray', 1.),
+    ('views.kind', '3aug'), ('views.kind', 'weak'), ('views.crop', 'simple'), ('views.pad', .2, {'views.crop': 'simple'}), ('views.solarize', 1.), ('views.blur', 1.),
+    ('views.sigma', (2., 3.), {'views.blur': 1.}), ('views.local', 2), ('views.local_size', 8, {'views.local': 2}), ('views.local_scale', (.3, .5), {'views.local': 2}),
     ('encoder.patch', 8, {'masks.hidden': (3, 1)}), ('encoder.dim', 24), ('encoder.depth', 3), ('encoder.heads', 4), ('encoder.mlp', 2.), ('encoder.stem', 'conv'),
     ('encoder.registers', 1), ('encoder.layer_scale', .1), ('encoder.drop_path', .5), ('encoder.qk_norm', True), ('encoder.theta', 10.),
     ('levels.cells', (1, 4)), ('levels.top', False, {'levels.depths': (1, 2)}), ('levels.depths', (2, 2, 2)), ('levels.depths', (1, 2, 1)), ('levels.weights', (1., .5)),
@@ -106,10 +108,11 @@ def test_checkpoint_recomputes(tmp_path, monkeypatch):
     fit(tiny(train__steps=1, encoder__checkpoint=True), data=images(), out=tmp_path/'b'); assert n[0] >= 2
 
 def test_workers_decode(tmp_path, monkeypatch):
-    seen, real = [], torch.utils.data.DataLoader
-    monkeypatch.setattr(torch.utils.data, 'DataLoader', lambda *a, num_workers, **k: (seen.append(num_workers), real(*a, num_workers=0, **k))[1])
+    import hjepa.data.loader as hl
+    seen, real = [], hl.DataLoader
+    monkeypatch.setattr(hl, 'DataLoader', lambda *a, num_workers, **k: (seen.append(num_workers), real(*a, num_workers=num_workers and 1, **k))[1])
     lazy = type('Lazy', (), dict(__len__=lambda s: 32, __getitem__=lambda s, i, x=images(): x[i]))()
-    fit(tiny(train__steps=1, data__workers=3), data=lazy, out=tmp_path); assert seen == [3]
+    fit(tiny(train__steps=1, data__workers=3), data=lazy, out=tmp_path); assert 3 in seen
 
 def test_device_is_asked_for(tmp_path):
     with pytest.raises(HJEPAError, match="'tpu' is unknown"): fit(tiny(train__device='tpu'), data=images(), out=tmp_path)
@@ -148,7 +151,11 @@ BAD = {'unknown key': (dict(encodr=3), "Unknown recipe key 'encodr'"), 'near key
     'nothing hidden': (dict(masks__hidden=(0, 0)), 'hides nothing'), 'count': (dict(masks__hidden=(1, 2, 3)), 'one a level'), 'no weight': (dict(levels__weights=(0., 0.)), 'weights'),
     'no loss': (dict(prediction__weight=0., whole__kind='none'), 'no loss'), 'one view': (dict(views__count=1), 'views.count is 1'), 'head': (dict(encoder__heads=5), 'multiple of 4'),
     'pieces': (dict(train__accumulate=3), 'not divisible'), 'no length': (dict(train__steps=None), 'exactly one'), 'type': (dict(optim__lr='fast'), "optim.lr"), 'sign': (dict(optim__lr=-1.), 'optim.lr'),
-    'choice': (dict(masks__kind='bloks'), "masks.kind")}
+    'choice': (dict(masks__kind='bloks'), "masks.kind"), 'mean': (dict(data__mean=(125., 120., 110.)), 'divide by 255'), 'std': (dict(data__std=(.2, 0., .2)), 'data.std'),
+    **{f'{k} {a}': ({f'views__{k}': a}, f'views.{k}') for k, bad in dict(count=[0], kind=['3-aug', ''], crop=['random'], flip=[-.1, 1.1, float('nan')], jitter=[2.], gray=[-1.], solarize=[1.5], blur=[-.5],
+        brightness=[-.1, 1.5], contrast=[1.1], saturation=[-1.], hue=[-.1, .6], pad=[-.1, 1.], scale=[(1., .3), (0., 1.), (.3, 1.2), (-.3, 1.), (float('nan'), 1.), (.3,)], local_scale=[(.3, .05), (.1, 2.)],
+        ratio=[(4/3, 3/4), (0., 1.), (-1., 1.), (1., float('inf'))], sigma=[(2., .1), (0., 1.)], local=[-1], local_size=[0]).items() for a in bad},
+    'local patch': (dict(views__local=2, views__local_size=10), 'local_size 10 is not divisible'), 'local alone': (dict(views__local=2, whole__kind='none'), 'views.local is 2')}
 
 def one_sentence(text): return '\n' not in text and len(text) < 400 and re.search(r'[.?]$', text)
 

@@ -12,6 +12,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..config import HJEPAError
+from ..files import whole
 
 # %% ../../nbs/evaluate/50_features.ipynb #ecda3c64
 def batches(
@@ -85,9 +86,7 @@ def _read(files): # None unless every file is there and whole
     except (OSError, ValueError, EOFError): return None
 
 def _write(file, x):
-    tmp = file.with_name(f'.{os.getpid()}-{file.name}')
-    try: np.save(tmp, x.numpy(), allow_pickle=False); os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
+    with whole(file) as tmp, open(tmp, 'wb') as f: np.save(f, x.numpy(), allow_pickle=False)
 
 # %% ../../nbs/evaluate/50_features.ipynb #23b499f8
 def level_features(

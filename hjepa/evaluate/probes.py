@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['C_grid', 'stratified_subset', 'bootstrap', 'paired', 'Score', 'score', 'standardise', 'fit_logistic', 'logits',
-           'classify', 'principal', 'held_out', 'linear_probe', 'knn_predict', 'knn_probe', 'few_shot', 'train_heads',
-           'best_head', 'sgd_probe', 'AttentiveHead', 'attentive_probe', 'choose_level']
+           'classify', 'principal', 'held_out', 'linear_probe', 'knn_predict', 'knn_probe', 'few_shot', 'train_probe',
+           'best_head', 'LinearHeads', 'sgd_probe', 'AttentiveHead', 'attentive_probe', 'choose_level']
 
 # %% ../../nbs/evaluate/51_probes.ipynb #35d93d99
 from dataclasses import dataclass, replace
@@ -236,50 +236,53 @@ def few_shot(
     return dict(acc=float(m), lo=float(m - half), hi=float(m + half), each=each)
 
 # %% ../../nbs/evaluate/51_probes.ipynb #51a00006
-def train_heads(
-    heads:list,        # modules, (B,…) features -> (B,K) logits
-    optimizer,         # groups -> optimizer; a group a head
-    lrs:list,          # peak learning rate of each head
+def train_probe(
+    head,              # module: (B,…) features -> (n,B,K) logits of n heads
+    opt,               # its optimizer, with the peak learning rate
     x:Tensor, y:Tensor,# (N,…), (N,) to fit
-    steps:int, batch:int, warmup:int=0, seed:int=0,
+    steps:int, batch:int, seed:int=0,
+    weights=(1.,),     # (n,) of the heads' losses
 ):
-    "Train heads side by side, on the same batches; warm-up, then a cosine to 0."
-    g, n = torch.Generator().manual_seed(seed), len(x)
-    opt = optimizer([dict(params=list(h.parameters()), lr=lr) for h, lr in zip(heads, lrs)])
+    "Train heads side by side on the same batches; the rate falls to 0 along a cosine."
+    g, n, peak, w = torch.Generator().manual_seed(seed), len(x), opt.param_groups[0]['lr'], torch.tensor(weights)
     for s in range(steps):
-        for group, lr in zip(opt.param_groups, lrs): group['lr'] = learning_rate(s, steps, lr, 0., warmup / steps)
+        opt.param_groups[0]['lr'] = learning_rate(s, steps, peak, 0., 0.)
         i = torch.randint(n, (min(batch, n),), generator=g)
-        sum(F.cross_entropy(h(x[i]), y[i]) for h in heads).backward()
+        lp = head(x[i]).log_softmax(-1)
+        (-lp.gather(-1, y[i].expand(len(lp), -1)[..., None]).mean((1, 2)) @ w).backward()
         opt.step(); opt.zero_grad()
 
-def best_head(heads, x, y, fit, val, xt, yt) -> Score:
+@torch.no_grad()
+def best_head(head, x, y, fit, val, xt, yt) -> Score:
     "The head with the lowest held-out loss, on the test set."
-    with torch.no_grad():
-        losses = [float(F.cross_entropy(h.eval()(x[val]), y[val]).nan_to_num(torch.inf)) for h in heads]
-        h = heads[int(np.argmin(losses))]
-        big = lambda t: torch.cat([h(c) for c in t.split(1000)]).argmax(1)
-        return score(big(xt), yt, val=float((big(x[val]) == y[val]).float().mean()), loss=min(losses))
+    head.eval()
+    z = torch.cat([head(c) for c in x[val].split(1000)], 1)                       # (n,V,K)
+    loss = torch.stack([F.cross_entropy(q, y[val]) for q in z]).nan_to_num(torch.inf)
+    k = int(loss.argmin()); big = torch.cat([head(c)[k] for c in xt.split(1000)])
+    return score(big.argmax(1), yt, val=float((z[k].argmax(1) == y[val]).float().mean()), loss=float(loss[k]))
 
 # %% ../../nbs/evaluate/51_probes.ipynb #51a00007
-def _linear_heads(n, F_, k, seed, std=.01):
-    "n linear maps, weights drawn from the seed."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); heads = [nn.Linear(F_, k) for _ in range(n)]
-        for h in heads: nn.init.normal_(h.weight, std=std); nn.init.zeros_(h.bias)
-    return heads
+class LinearHeads(nn.Module):
+    "n linear maps of the same features, as one product."
+    def __init__(self, n:int, dim:int, classes:int, norm:bool=False): # norm: batch norm without scale in front
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if norm else nn.Identity()
+        self.weight, self.bias = nn.Parameter(torch.randn(n, classes, dim) * .01), nn.Parameter(torch.zeros(n, 1, classes))
+    def forward(self, x): # (B,F) -> (n,B,K)
+        n, k, _ = self.weight.shape
+        return (self.norm(x) @ self.weight.flatten(0, 1).T).unflatten(1, (n, k)).transpose(0, 1) + self.bias
 
 def sgd_probe(
     train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # (N,F), (N,), (M,F), (M,)
     lrs=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, .1), # for a batch of 256
-    norm:bool=False,   # MAE's batch norm without scale in front of each head (arXiv 2111.06377)
+    norm:bool=False,   # MAE's batch norm without scale in front of the heads (arXiv 2111.06377)
     steps:int=1250, batch:int=256, seed:int=0,
 ) -> Score:
     "DINOv2's linear evaluation (arXiv 2304.07193), on cached features."
     _check(train_x, train_y, test_x, test_y)
     fit, val = held_out(train_y, seed); k = int(torch.cat([train_y, test_y]).max()) + 1
-    heads = _linear_heads(len(lrs), train_x.shape[1], k, seed)
-    if norm: heads = [nn.Sequential(nn.BatchNorm1d(train_x.shape[1], affine=False, eps=1e-6), h) for h in heads]
-    train_heads(heads, lambda gs: torch.optim.SGD(gs, momentum=.9), [lr * batch / 256 for lr in lrs], train_x[fit], train_y[fit], steps, batch, seed=seed)
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); heads = LinearHeads(len(lrs), train_x.shape[1], k, norm)
+    train_probe(heads, torch.optim.SGD(heads.parameters(), lr=batch / 256, momentum=.9), train_x[fit], train_y[fit], steps, batch, seed, lrs)
     return best_head(heads, train_x, train_y, fit, val, test_x, test_y)
 
 # %% ../../nbs/evaluate/51_probes.ipynb #51a00009
@@ -290,8 +293,8 @@ class AttentiveHead(nn.Module):
         self.query, self.block = nn.Parameter(torch.empty(1, 1, dim)), Block(dim, heads, cross=True)
         self.read, self.norm, self.out = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)
         nn.init.trunc_normal_(self.query, std=.02)
-    def forward(self, t): # (B,M,D) tokens -> (B,K)
-        return self.out(self.norm(self.block(self.query.expand(len(t), -1, -1), context=self.read(t))[:, 0]))
+    def forward(self, t): # (B,M,D) tokens -> (1,B,K)
+        return self.out(self.norm(self.block(self.query.expand(len(t), -1, -1), context=self.read(t))[:, 0]))[None]
 
 def attentive_probe(
     train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # (N,M,D) tokens, (N,), (M',M,D), (M',)
@@ -303,8 +306,8 @@ def attentive_probe(
     fit, val = held_out(train_y, seed); k = int(torch.cat([train_y, test_y]).max()) + 1
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); head = AttentiveHead(train_x.shape[2], k, heads)
     steps = epochs * max(1, len(fit) // batch)
-    train_heads([head], lambda gs: torch.optim.AdamW(gs, weight_decay=wd), [lr], train_x[fit], train_y[fit], steps, batch, seed=seed)
-    return best_head([head], train_x, train_y, fit, val, test_x, test_y)
+    train_probe(head, torch.optim.AdamW(head.parameters(), lr, weight_decay=wd), train_x[fit], train_y[fit], steps, batch, seed)
+    return best_head(head, train_x, train_y, fit, val, test_x, test_y)
 
 # %% ../../nbs/evaluate/51_probes.ipynb #ff624cf7
 def choose_level(

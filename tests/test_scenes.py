@@ -1,0 +1,165 @@
+"The procedural world: same bytes everywhere, nothing leaks, and everything that is said about a picture is true of its pixels."
+import inspect, re, subprocess, sys
+import numpy as np, pytest, torch
+from scipy.stats import binom
+from tiny import ENV
+from hjepa.config import HJEPAError
+from hjepa.data import motion as M, scenes as S
+from hjepa.data.motion import LIMIT, actions, video, volume
+from hjepa.data.sets import load
+from hjepa.data.truth import truth
+
+# ---- the same bytes
+SUMS = """import hashlib, torch; torch.set_num_threads({}); from hjepa.data.scenes import scenes; from hjepa.data.motion import video, volume
+h = lambda t: hashlib.sha256(t.numpy().tobytes()).hexdigest()[:16]
+print(*(h(scenes(n, size, seed, start)[0]) for n,size,seed,start in ((40,32,0,7), (20,64,1,0), (3,97,-5,2**40), (2,256,3,0))), h(video(2, 9, 48, seed=4).frames), h(volume(3, 32, seed=5).images))"""
+WANT = '0cb58a92936dbc14 0729b66c91c67c83 9258cba87cb12f84 ca6d4edbbd72f418 86fa1adbf06b76fd 6312c91024f5461a'
+
+def fast_loops():
+    "The processor's features for which numpy has loops of their own, beyond those that it cannot do without"
+    try: from numpy._core._multiarray_umath import __cpu_dispatch__ as d, __cpu_features__ as f
+    except ImportError: from numpy.core._multiarray_umath import __cpu_dispatch__ as d, __cpu_features__ as f
+    return [k for k in d if f.get(k)]
+
+@pytest.mark.parametrize('threads,off', [(1, ''), (2, ''), (1, ' '.join(fast_loops())), (1, ' '.join(fast_loops()[1:]))])
+def test_same_bytes_on_any_processor_and_thread_count(threads, off):
+    env = ENV | (dict(NPY_DISABLE_CPU_FEATURES=off) if off else {})
+    out = subprocess.run([sys.executable, '-c', SUMS.format(threads)], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    assert out == WANT
+
+def test_only_operations_that_round_in_one_way():
+    "What IEEE 754 leaves open must not stand between the hash and the pixel"
+    for m in (S, M): assert not re.search(r'np\.(sin|cos|tan|arctan2?|exp|log|hypot|power|sum|mean|dot|einsum|matmul|cbrt)\b|\.sum\(|\.mean\(|@ ?[a-z]+\.T', inspect.getsource(m)), m
+
+def test_any_part_in_any_order():
+    x, y = S.scenes(1100, 32, seed=3)                        # more than one chunk of factors
+    for a, b in ((0, 1), (500, 30), (1090, 10)):
+        p, q = S.scenes(b, 32, seed=3, start=a)
+        assert torch.equal(p, x[a:a+b]) and all(torch.equal(q[k], y[k][a:a+b]) or k in ('turn', 'tilt', 'ground_tilt') for k in y)
+        assert all(torch.equal(q[k].nan_to_num(9), y[k][a:a+b].nan_to_num(9)) for k in ('turn', 'tilt', 'ground_tilt'))
+    for bad in (dict(n=-1), dict(n=1, start=-1), dict(n=1, size=15)):
+        for f in (S.scenes, truth, volume):
+            with pytest.raises(HJEPAError): f(**bad)
+
+def test_a_larger_picture_shows_the_same_scene():
+    a, b = truth(40, 32, seed=21), truth(40, 128, seed=21)
+    assert a.graph == b.graph and a.captions == b.captions and a.order == b.order and torch.equal(a.classes, b.classes)
+    coarse = b.ids.view(40, 32, 4, 32, 4)[:, :, 1:3, :, 1:3].permute(0, 1, 3, 2, 4).flatten(3)   # the four pixels around the middle of a large one
+    sure = (coarse == coarse[..., :1]).all(-1)
+    assert sure.float().mean() > .8 and (coarse[..., 0] == a.ids)[sure].float().mean() > .998
+    both = (a.boxes >= 0).all(-1); off = (a.boxes*4 - b.boxes).abs()[both]
+    assert off.float().mean() < 2 and off.max() <= 12        # in pixels of the large picture; a point of a star thinner than a pixel is not seen
+    for size in (33, 50, 224): assert S.scenes(2, size)[0].shape == (2, 3, size, size)
+
+# ---- what is said is true
+def test_every_object_is_seen_whole_and_inside():
+    t = truth(600, 64, seed=31); p = S.params(600, 31)
+    k = t.labels['count'] + 1
+    assert all(len(t.order[i]) == k[i] and t.masks(i).flatten(1).any(1).all() for i in range(600))       # also the smallest, from 64 pixels on
+    small = truth(600, 32, seed=31); missing = sum(int((~small.masks(i).flatten(1).any(1)).sum()) for i in range(600))
+    assert missing < .005*k.sum(), missing
+    reach = np.array([S.REACH[s] for s in S.SHAPES])[p['cls']]*p['radius']
+    assert ((np.abs(p['xy'])+reach[..., None])[p['cls'] >= 0] < 1).all()
+    assert ((t.ids > 0) == (t.semantic > 1)).all() and ((t.semantic == 0) | (t.semantic == 1))[t.ids == 0].all()
+    g = (torch.arange(64) + .5)/32 - 1
+    assert (((t.semantic == 0) == (g[None, :, None] < t.labels['horizon'][:, None, None])) | (t.ids > 0)).all()
+
+def test_occlusion_order_and_hidden_parts():
+    t = truth(400, 96, seed=32); p = S.params(400, 32); got = []
+    for i in range(400):
+        seen = (t.ids[i].flatten().bincount(minlength=12)[1:]*4/96**2/np.pi).numpy()
+        for j in range(1, p['count'][i]+1):
+            if p['inner'][i, j]: continue
+            own = [j] + [l for l in range(1, 11) if p['inner'][i, l] and (p['xy'][i, l] == p['xy'][i, j]).all()]      # what lies inside hides none of it
+            hidden = 1 - seen[own].sum()/p['radius'][i, j]**2
+            if p['behind'][i, j]: got.append((hidden, p['on'][i, j])); assert hidden < .65 and t.order[i].index(j) < t.order[i].index(0)
+            else: assert abs(hidden) < .15 and t.order[i].index(j) > t.order[i].index(0)
+    assert len(got) > 100 and np.corrcoef(np.array(got).T)[0, 1] > .85         # as much is hidden as was drawn
+
+def test_relations_are_consistent():
+    t = truth(200, 32, seed=33)
+    for i, g in enumerate(t.graph):
+        assert len(set(g)) == len(g) and all(0 <= a <= t.labels['count'][i] and 0 <= b <= t.labels['count'][i] and a != b for a, _, b in g)
+        has = lambda r: {(a, b) for a, q, b in g if q == r}
+        for r in ('left-of', 'above'): assert not any((b, a) in has(r) for a, b in has(r))                # never both ways,
+        assert not {(a, b) for a, b in has('inside')} & (has('left-of') | has('above'))                   # never inside and beside
+        assert not any((a, b) in has('touching') or (b, a) in has('touching') for a, b in has('inside'))
+    rows = [i for i in range(200) if t.labels['layout'][i] == S.LAYOUTS.index('nested')]
+    assert rows and all(len([1 for _, q, b in t.graph[i] if q == 'inside' and b > 0]) == (t.labels['count'][i]//2) for i in rows)
+
+# ---- nothing leaks
+QUESTIONS = [k for f in S.FACTORS.values() for k in f]
+
+def cheap(p, size=32):
+    im, ids = S.render(p, size, ids=True); n = len(im)
+    z = lambda f: (f - f.mean(0))/f.std(0)
+    pairs = lambda f: np.concatenate([f, *(f[:, i:i+1]*f[:, i:] for i in range(f.shape[1]))], 1)
+    mean, area = z(im.mean((2, 3))), z((ids > 0).mean((1, 2))[:, None])
+    return dict(mean=(pairs(mean), mean), area=(pairs(area), area), thumb=(z(im.reshape(n, 3, 4, size//4, 4, size//4).mean((3, 5)).reshape(n, 48)),)*2)
+
+def leaks(p, y):
+    "{(feature, factor)} that ridge regression or 30 neighbours read above chance; all cells together err once in 1,000"
+    out, k = set(), len(p['shape'])//2
+    q = {a: [np.asarray(b) for b in S.classes(y, a)] for a in QUESTIONS}
+    Y = np.concatenate([(np.arange(m) == v[:k, None]) - (v[:k, None] >= 0)/m for v, m in q.values()], 1)
+    for name, (f, g) in cheap(p).items():
+        a = f[:k].T@f[:k]; a[np.diag_indices(len(a))] += .01*k
+        d = (g[:k]**2).sum(1) - 2*g[k:]@g[:k].T
+        for score in (f[k:]@np.linalg.solve(a, f[:k].T@Y), Y[np.argpartition(d, 30, 1)[:, :30]].sum(1)):
+            at = 0
+            for b, (v, m) in q.items():
+                ok = v[k:] >= 0; right = (score[ok, at:at+m].argmax(1) == v[k:][ok]).sum(); at += m
+                if right > binom.isf(.001/(6*len(q)), ok.sum(), 1/m): out.add((name, b))
+    return out
+
+def test_cheap_features_know_only_what_they_may():
+    p = S.params(10000, 41)
+    found = leaks(p, S.labels(p))
+    may = {('mean', 'bright'), ('area', 'size')} | {('thumb', k) for k in 'x y size colour light bright horizon layout shape turn'.split()}   # of the last two a trace
+    assert found <= may, found - may
+    assert found >= {('mean', 'bright'), ('area', 'size')} | {('thumb', k) for k in 'colour light bright'.split()}    # the probes can see
+
+def test_the_leak_test_can_fail():
+    "Take away one precaution at a time: the probes find out"
+    p = S.params(6000, 42); y = S.labels(p)
+    assert ('mean', 'colour') in leaks(dict(p, back=np.broadcast_to(np.float32(.5), p['back'].shape)), y)      # a background that makes up for nothing
+    q = dict(p, radius=p['radius'].copy()); q['radius'][:, 1:] = .1                                             # companions of one size
+    assert ('area', 'count') in leaks(q, y)
+
+def test_factors_are_what_load_hands_out():
+    d = load('scenes', 'test', n=50); x, y = S.scenes(50, 32, seed=1)
+    assert torch.equal(d.images[:], x) and d.classes == S.SHAPES and torch.equal(d.labels, y['shape']) and set(S.LEVELS) <= set(d.extra)
+    assert all(len(v) == 50 and v.ndim == 1 for v in y.values()) and set(y) == set(QUESTIONS)
+
+# ---- motion
+def test_random_pushes_move_only_what_they_push():
+    n, T = 12, 21
+    a = actions(n, T, seed=51); still, moved = video(n, T, 32, seed=51), video(n, T, 32, seed=51, actions=a)
+    for i in range(n):
+        hit = {int(j) for j, dx, dy in a[i] if dx or dy}
+        for j in range(int(still.labels['count'][i])+1):
+            same = torch.equal(still.at[i, :, j], moved.at[i, :, j])
+            assert same == (j not in hit) and torch.equal(still.velocity[i, :4, j], moved.velocity[i, :4, j])
+    v = moved.velocity.nan_to_num(); assert v.abs().max() <= LIMIT
+    free = (a[:, :-1, 1:] == 0).all(-1)                      # where nothing is pushed, speeds keep their size
+    assert torch.equal(v[:, 1:].abs()[free], v[:, :-1].abs()[free])
+    assert moved.at.abs().nan_to_num().max() < 1
+
+def test_a_pushed_film_is_the_same_film_elsewhere():
+    a = actions(6, 12, seed=52); whole = video(6, 12, 32, seed=52, actions=a)
+    part = video(2, 7, 32, seed=52, start=3, actions=a[3:5, :7])
+    assert torch.equal(part.frames, whole.frames[3:5, :7]) and torch.equal(part.ids, whole.ids[3:5, :7])
+    assert torch.equal(actions(2, 12, seed=52, start=3), a[3:5])
+
+def test_bad_films_are_refused():
+    for kw in (dict(T=0), dict(T=3, actions=torch.zeros(1, 2, 3)), dict(T=2, actions=torch.tensor([[[-1., .1, 0], [0, 0, 0]]])), dict(T=2, size=8)):
+        with pytest.raises(HJEPAError): video(1, **kw)
+    with pytest.raises(HJEPAError, match='even'): volume(1, 31)
+
+def test_volumes_are_uniform_and_larger_ones_show_the_same():
+    y = volume(400, 16, seed=61).labels
+    for k, m in (('count', 4), ('shape', 4), ('texture', 4)):
+        v = y[k][:, 0] if y[k].ndim > 1 else y[k] - 1; assert (v.bincount(minlength=m) - 100).abs().max() < 45, k
+    a, b = volume(6, 24, seed=62), volume(6, 48, seed=62)
+    coarse = b.ids.view(6, 24, 2, 24, 2, 24, 2).permute(0, 1, 3, 5, 2, 4, 6).flatten(4); sure = (coarse == coarse[..., :1]).all(-1)
+    assert sure.float().mean() > .9 and (coarse[..., 0] == a.ids)[sure].float().mean() > .9995
