@@ -335,6 +335,13 @@ def is_imagenet(test) -> bool: # test: an ImageSet
     "Whether a set has the thousand classes of ImageNet-1k."
     return len(test.classes) == 1000 and ('imagenet' in test.name.lower() or all(re.fullmatch(r'n\d{8}', c) for c in test.classes))
 
+def _reference(reference, test, severities, size): # 'alexnet' or 'pixels', checked
+    if reference not in (None, 'alexnet', 'pixels'): raise HJEPAError(f"There is no reference {reference!r}: choose 'alexnet' or 'pixels'.")
+    fits = is_imagenet(test) and size == 224 and list(severities) == [1, 2, 3, 4, 5]
+    if reference == 'alexnet' and not fits:
+        raise HJEPAError("AlexNet's errors are for ImageNet-1k at 224 pixels and all five severities only: use reference='pixels'.")
+    return reference or ('alexnet' if fits else 'pixels')
+
 def official(
     test,           # the whole test ImageSet
     name:str,       # corruption
@@ -356,8 +363,7 @@ def official(
 # %% ../../nbs/evaluate/54_robustness.ipynb #5400002c
 def resize(x:Tensor, size:int) -> Tensor: # (N,3,S,S) uint8 -> (N,3,size,size) uint8
     "Bring images to another size; the same object if they have it."
-    if size in (None, x.shape[-1]): return x
-    return F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
+    return x if size == x.shape[-1] else F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
 
 def answers(
     predict,             # uint8 (B,3,S,S) -> {key: (B,) classes}
@@ -366,12 +372,12 @@ def answers(
     severities=(1, 2, 3, 4, 5),
     index=None,          # (n,) which test images; None: all
     size:int=None,       # what predict reads, pixels: images are spoiled at their own size, then brought to it; None: as they are
-    seed:int=0, table:str=None, files:bool=True, root=None, # see corrupt() and official()
-    batch:int=500, progress:bool=False,
+    seed:int=0, table:str=None, files:bool=True, root=None, batch:int=500, progress:bool=False, # see corrupt() and official()
 ) -> tuple: # ({key: {'clean': (1,n) bool, name: (S,n) bool}}, {name: 'generated' or 'official files'})
     "Right or wrong, on every image, clean and corrupted."
-    if not names or not severities or not set(severities) <= {1, 2, 3, 4, 5}: raise HJEPAError(f'Name at least one corruption, and severities from 1 to 5; got {names}, {severities}.')
-    if wrong := [c for c in names if c not in _DRAW]: raise HJEPAError(f'There is no corruption {wrong[0]!r}.{nearest(wrong[0], _DRAW)}')
+    if not names or not severities or not set(severities) <= set(range(1, 6)):
+        raise HJEPAError(f'Name at least one corruption, and severities from 1 to 5; got {names}, {severities}.')
+    if wrong := set(names) - set(_DRAW): raise HJEPAError(f'There is no corruption {min(wrong)!r}.{nearest(min(wrong), _DRAW)}')
     index = torch.arange(len(test)) if index is None else torch.as_tensor(index)
     given = {c: official(test, c, root) if files and c not in SHIFTS else None for c in names}
     jobs, right = [('clean', 0)] + [(c, s) for c in names for s in severities], {}
@@ -443,13 +449,6 @@ def probes_of(
     return lambda x: {(a, l): h(z) for a, f in feats.items() for (l, h), z in zip(heads[a].items(), f(x))}, heads
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000033
-def _reference(reference, test, severities, size): # 'alexnet' or 'pixels', checked
-    if reference not in (None, 'alexnet', 'pixels'): raise HJEPAError(f"There is no reference {reference!r}: choose 'alexnet' or 'pixels'.")
-    fits = is_imagenet(test) and size == 224 and list(severities) == [1, 2, 3, 4, 5]
-    if reference == 'alexnet' and not fits:
-        raise HJEPAError("AlexNet's errors are for ImageNet-1k at 224 pixels and all five severities only: use reference='pixels'.")
-    return reference or ('alexnet' if fits else 'pixels')
-
 def robustness(
     model, twin,          # see probes_of()
     train, test,          # ImageSets: the labelled clean images; the whole test set
@@ -488,7 +487,8 @@ def plot_severity(
         for arm, l in result['level'].items():
             r = result['arms'][arm][l]
             y = np.mean([r['by_corruption'][c]['severities'] for c in some(cs)], 0)
-            ax.plot([0, *result['severities']], 100*np.array([r['clean']['acc'], *y]), 'o--' if arm == 'pooled_l0' else 'o-', ms=3, color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
+            ax.plot([0, *result['severities']], 100*np.array([r['clean']['acc'], *y]), 'o--' if arm == 'pooled_l0' else 'o-', ms=3,
+                    color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
         ax.set(title=title, xlabel='severity', xticks=range(6))
     axes[0, 0].set_ylabel('test accuracy, %'); fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper', fontsize=8, title='arm, level')
     return fig
