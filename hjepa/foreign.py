@@ -102,6 +102,7 @@ def foreign(
 ) -> Foreign: # in evaluation mode
     "A timm model with levels. Look at `.note`: it says where the weights come from."
     kind, _, arch = name.partition(':')
+    if size is not None and size < 1: raise HJEPAError(f'size is {size}, which leaves no image: give pixels, or None.')
     if kind != 'timm' or not arch: raise HJEPAError(f"'{name}' is no foreign encoder: write timm:NAME, as in timm:vit_tiny_patch16_224.")
     if not timm.is_model(arch): raise HJEPAError(f"timm has no model '{arch}'." + nearest(arch, timm.list_models()))
     file, why = (Path(weights), '') if weights else hub_weights(_hub_id(arch)) if pretrained else (None, 'as asked')
