@@ -1,12 +1,11 @@
 """What is pre-training worth once the encoder may change? Fine-tuned against trained from scratch, over numbers of labels.
 
-    python bench/finetune.py --state runs/scenes --json results/finetune_scenes.json
+    python bench/finetune.py --state runs/finetune --json results/finetune_cifar10.json
 
-The demo's recipe is pre-trained on scenes without labels for --steps steps, then it and its untrained twin are fine-tuned by
+The demo's recipe is pre-trained on CIFAR-10 without labels for --steps steps, then it and its untrained twin are fine-tuned by
 `hjepa.evaluate.finetune.quick` on the same labels. The file is written anew after every number of labels.
 """
 import argparse, json, sys
-from dataclasses import replace
 from pathlib import Path
 from hjepa.bench import machine
 from hjepa.config import HJEPAError, recipe
@@ -17,19 +16,19 @@ from hjepa.train import fit
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--steps', type=int, default=1500, help='of pre-training'); p.add_argument('--labels', default='texture', help='texture, shape or layout')
-    p.add_argument('--counts', type=int, nargs='+', default=[100, 400, 1600]); p.add_argument('--test', type=int, default=2000, help='test images')
+    p.add_argument('--steps', type=int, default=500, help='of pre-training')
+    p.add_argument('--counts', type=int, nargs='+', default=[500, 2000]); p.add_argument('--test', type=int, default=2000, help='test images')
     p.add_argument('--state', required=True, metavar='DIR'); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args()
-    run = fit(recipe('cifar10-cpu', data__name='scenes', steps=a.steps, monitor=0), out=a.state, live=False)
+    run = fit(recipe('cifar10-cpu', steps=a.steps, monitor=0), out=a.state, live=False)
     if not run.finished: return 130
-    train, test = (replace(s, labels=s.extra[a.labels]) for s in (load('scenes'), load('scenes', 'test', n=a.test)))
+    train, test = load('cifar10'), load('cifar10', 'test', n=a.test)
     rows = []
     for n in a.counts:
         rows += by_labels(run.model, untrained(run.model.recipe), train, test, [n], quick, progress=sys.stderr.isatty())
         print(n, *(f"{100*rows[-1][k]['acc']:.1f}" for k in ('tuned', 'scratch')), rows[-1]['worth'], flush=True)
-        Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), labels=a.labels,
-            pretraining_steps=a.steps, rows=rows), indent=1) + '\n')
+        Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), pretraining_steps=a.steps,
+            rows=rows), indent=1) + '\n')
     return 0
 
 if __name__ == '__main__':
