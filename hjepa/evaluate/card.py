@@ -267,7 +267,8 @@ def facts(model, recipe, train, test, labelled:int, run=None) -> dict: # run: di
     sha, dirty = commit()
     shipped = recipes.get(getattr(recipe, 'name', None))
     same = shipped and recipe == change(shipped(), **{f'train.{k}': v for k, v in recipe.train.model_dump().items() if k in ('minutes', 'steps', 'epochs') and v is not None}, seed=recipe.seed)
-    out = dict(name=getattr(recipe, 'name', None), seed=getattr(recipe, 'seed', None),
+    own = recipe.get if isinstance(recipe, dict) else lambda k: getattr(recipe, k, None)     # a dict: a foreign encoder's
+    out = dict(name=own('name'), seed=own('seed'),
         data=dict(name=test.name, source=test.source, train=len(train), labelled=labelled, test=len(test), classes=len(test.classes)),
         recipe=recipe.model_dump(mode='json') if hasattr(recipe, 'model_dump') else str(recipe), commit=sha, dirty=dirty, about=shipped.__doc__ if same else None,
         device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else f'{dev.type}, {torch.get_num_threads()} threads',
