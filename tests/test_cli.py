@@ -91,6 +91,33 @@ def test_places_that_cannot_be_written(folder, capsys, monkeypatch):
     monkeypatch.setattr(card.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
     refused(capsys, [*words, '--out', folder/'full'], 'room on the disk'); assert not (folder/'full').exists() or not any((folder/'full').iterdir())
 
+def test_evaluate_a_timm_model(folder, capsys):
+    pics = f'folder:{folder}/pics'
+    words = ['evaluate', 'timm:vit_tiny_patch16_224', '--data', pics, 'labelled=60', '--no-umap', '--out', folder/'t']
+    with pytest.warns(UserWarning, match='NOT pretrained'): assert main(capsys, *words)[0] == 0
+    rep = json.loads((folder/'t'/'report.json').read_text())
+    assert 'random weights' in rep['note'] and rep['name'] == 'timm:vit_tiny_patch16_224' and rep['data']['labelled'] == 60 and len(rep['scores']['knn']['untrained']) == 4
+    refused(capsys, ['evaluate', 'timm:vit_tiny_patch17', '--data', pics], 'timm has no model'); refused(capsys, [*words, 'lr=1'], "'lr'")
+
+def test_suite_goes_on_where_it_stopped(folder, capsys, monkeypatch):
+    import hjepa.evaluate.suite as suite
+    run, pics = folder/'run', f'data.name=folder:{folder}/pics'
+    assert main(capsys, 'train', 'cifar10-cpu', pics, *SMALL, '--out', run, '--no-umap')[0] == 0
+    asked = []
+    def part(name, fail=False):
+        def f(job):
+            asked.append(name)
+            if fail: raise KeyboardInterrupt
+            return dict(title=name, text='', head=['a'], rows=[[1]], data=dict(n=len(job.test)))
+        return f
+    monkeypatch.setattr(suite, 'report', lambda *a, **k: pytest.fail('the card was there'))
+    monkeypatch.setattr(suite, 'PARTS', dict(few_shot=part('one'), probes=part('two', True), views=part('three'), robustness=part('four')))
+    assert main(capsys, 'evaluate', run, '--suite', 'standard', '--no-umap')[0] == 130 and asked == ['one', 'two']
+    suite.PARTS['probes'] = part('two')
+    assert main(capsys, 'evaluate', run, '--suite', 'standard', '--no-umap')[0] == 0 and asked == ['one', 'two', 'two', 'three', 'four']
+    rep = json.loads((run/'report.json').read_text()); check(rep)
+    assert list(rep['parts']) == ['few_shot', 'probes', 'views', 'robustness'] and rep['parts']['views']['data'] == {'n': 45} and '## three' in (run/'report.md').read_text()
+
 def test_evaluate_leaves_the_report_of_a_run_alone(folder, capsys):
     run, pics = folder/'run', f'data.name=folder:{folder}/pics'
     assert main(capsys, 'train', 'cifar10-cpu', pics, *SMALL, '--out', run, '--no-umap')[0] == 0
