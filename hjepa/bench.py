@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, torch
 import torchvision.transforms.v2 as T
 from fastcore.basics import patch
+from tqdm.auto import tqdm
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import default_loader
@@ -478,8 +479,8 @@ def sides_of(x, r:Recipe, lazy:bool, workers, device, steps:int, rounds:int) -> 
     ours = ([('bytes', w) for w in workers] if lazy else [('device', 0)]) + [('workers', w) for w in workers]
     todo = {('ours', *k): our_views for k in ours} | {('torchvision', k, w): their_views for k in ('PIL', 'tensors') for w in workers}
     rates = {k: [] for k in todo}
-    for _ in range(rounds):
-        for k, f in todo.items(): rates[k].append(rate(f(x, r, device, k[2], k[1]), steps, 2 + k[2], r, device))
+    with tqdm(total=rounds * len(todo), desc='views', unit='side') as bar:
+        for k, f in list(todo.items()) * rounds: bar.set_postfix_str(f'{k[0]} {k[1]}, {k[2]} workers'); rates[k].append(rate(f(x, r, device, k[2], k[1]), steps, 2 + k[2], r, device)); bar.update()
     mid = {k: statistics.median(v) for k, v in rates.items()}
     a, b = (max((k for k in mid if k[0] == who and k[1] != 'bytes'), key=mid.get) for who in ('ours', 'torchvision'))
     sides = [dict(side=k[0], back_end=k[1], workers=k[2], images_per_second=mid[k], rounds=rates[k]) for k in todo]
