@@ -29,7 +29,6 @@ from .data.views import make_views, recolour
 from .data.loader import Loader
 from .model import build
 from .optim import cosine, param_groups
-from .train import Crops, step_draws
 
 # %% ../nbs/90_bench.ipynb #273a1fa5
 ENCODERS = {'vit_tiny': (192, 3), 'vit_small': (384, 6), 'vit_base': (768, 12)} # width, heads; all are 12 blocks deep
@@ -389,6 +388,7 @@ def photos(folder, n:int=256, seed:int=0) -> Path: # a folder with one class
 # %% ../nbs/90_bench.ipynb #a8a9d719
 def our_views(images, r:Recipe, device, workers:int, kind:str): # yields (V,B,3,S,S) without end
     "Step after step as `fit` makes them; kind: device, bytes or workers."
+    from hjepa.train import Crops, step_draws    # here, so that a step can be timed where accelerate is not installed
     d, make = r.data, Crops(r) if kind == 'workers' else None
     for s, x in enumerate(Loader(images, r.train.batch, r.seed, device=device, workers=workers, make=make).run(0, sys.maxsize)):
         draw, _ = step_draws(r, s)

@@ -11,7 +11,6 @@ __all__ = ['C_grid', 'stratified_subset', 'bootstrap', 'paired', 'Score', 'score
 from dataclasses import dataclass, replace
 import numpy as np, torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn, Tensor
 from ..config import HJEPAError
 from ..optim import learning_rate
@@ -224,6 +223,7 @@ def few_shot(
     if tries < 2: raise HJEPAError(f'An interval over draws needs at least 2 and got tries={tries}: raise it.')
     kinds, count = train_y.unique(return_counts=True)
     if count.min() < shots: raise HJEPAError(f'{shots}-shot needs {shots} images of every class and class {int(kinds[count.argmin()])} has {int(count.min())}: lower shots.')
+    from scipy import stats
     x, xt = standardise(train_x, test_x)
     n, each = int(torch.cat([train_y, test_y]).max()) + 1, []
     for seed in range(tries):
