@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTURES', 'SHAPES', 'KINDS', 'COLOURS', 'LAYOUTS', 'FACTORS', 'LEVELS', 'FOLD', 'REACH', 'STRETCH', 'SPREAD', 'RGB',
-           'uniforms', 'circle', 'outline', 'texture', 'params', 'grain', 'window', 'render', 'labels', 'classes',
-           'check', 'scenes']
+           'MOST', 'uniforms', 'circle', 'outline', 'texture', 'params', 'grain', 'window', 'render', 'labels',
+           'classes', 'check', 'scenes']
 
 # %% ../../nbs/data/10_scenes.ipynb #cf1a4846
 import math
@@ -349,14 +349,22 @@ def classes(
     return torch.from_numpy(np.where(np.isnan(v), -1, c)), parts
 
 # %% ../../nbs/data/10_scenes.ipynb #f4719321
+MOST = 8e9                                                   # bytes of pixels in one call
+
 def check(
-    n:int,     # images asked for
-    size:int,  # pixels a side
-    start:int, # number of the first image
+    n:int,        # images asked for
+    size:int,     # pixels a side
+    start:int=0,  # number of the first image
+    seed:int=0,   # which world
+    planes:int=3, # of size×size bytes in each image
 ):
     "Raise HJEPAError if no scenes can be drawn like that"
+    if not all(isinstance(v, (int, np.integer)) for v in (n, size, start, seed, planes)):
+        raise HJEPAError(f'scenes counts in whole numbers: n={n!r}, size={size!r}, seed={seed!r}, start={start!r} will not do, give integers.')
     if n<0 or start<0: raise HJEPAError(f'scenes cannot draw {n} images from number {start}: give n ≥ 0 and start ≥ 0.')
     if size<16: raise HJEPAError(f'scenes cannot show its objects in {size} pixels: ask for a size of 16 or more.')
+    if (b := int(n)*planes*int(size)**2)>MOST:
+        raise HJEPAError(f'{n} scenes of {size} pixels are {b/1e9:,.1f} GB of pixels, more than {MOST/1e9:.0f}: draw them in parts, with start=.')
 
 def scenes(
     n:int,       # images
@@ -365,6 +373,6 @@ def scenes(
     start:int=0, # number of the first image
 )->tuple:        # images uint8 (n,3,size,size), and labels(): 'texture', 'shape', 'layout' and all other FACTORS, (n,) each
     "Draw n labelled scenes; image i depends on (seed, start+i, size) only"
-    check(n, size, start)
+    check(n, size, start, seed)
     p = params(n, seed, start)
     return torch.from_numpy(render(p, size)[0]), labels(p)
