@@ -352,19 +352,20 @@ def classes(
 MOST = 8e9                                                   # bytes of pixels in one call
 
 def check(
-    n:int,        # images asked for
-    size:int,     # pixels a side
-    start:int=0,  # number of the first image
-    seed:int=0,   # which world
-    planes:int=3, # of size×size bytes in each image
+    n:int,          # images asked for
+    size:int,       # pixels a side
+    start:int=0,    # number of the first image
+    seed:int=0,     # which world
+    frames:int=1,   # of each film, or slices of each volume
+    channels:int=3, # bytes a pixel
 ):
     "Raise HJEPAError if no scenes can be drawn like that"
-    if not all(isinstance(v, (int, np.integer)) for v in (n, size, start, seed, planes)):
-        raise HJEPAError(f'scenes counts in whole numbers: n={n!r}, size={size!r}, seed={seed!r}, start={start!r} will not do, give integers.')
+    bad = [f'{k}={v!r}' for k,v in dict(n=n, size=size, start=start, seed=seed, T=frames).items() if not isinstance(v, (int, np.integer))]
+    if bad: raise HJEPAError(f"scenes counts in whole numbers, so {', '.join(bad)} will not do: give integers.")
     if n<0 or start<0: raise HJEPAError(f'scenes cannot draw {n} images from number {start}: give n ≥ 0 and start ≥ 0.')
     if size<16: raise HJEPAError(f'scenes cannot show its objects in {size} pixels: ask for a size of 16 or more.')
-    if (b := int(n)*planes*int(size)**2)>MOST:
-        raise HJEPAError(f'{n} scenes of {size} pixels are {b/1e9:,.1f} GB of pixels, more than {MOST/1e9:.0f}: draw them in parts, with start=.')
+    if (b := int(n)*int(frames)*channels*int(size)**2)>MOST:
+        raise HJEPAError(f'{n} scenes of {size} pixels a side would fill {b/1e9:,.1f} GB, more than {MOST/1e9:.0f}: draw them in parts, with start=.')
 
 def scenes(
     n:int,       # images
