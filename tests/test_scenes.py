@@ -1,5 +1,6 @@
 "The procedural world: same bytes everywhere, nothing leaks, and everything that is said about a picture is true of its pixels."
 import inspect, re, subprocess, sys
+from collections import Counter
 import numpy as np, pytest, torch
 from scipy.stats import binom
 from tiny import ENV
@@ -7,7 +8,7 @@ from hjepa.config import HJEPAError
 from hjepa.data import motion as M, scenes as S
 from hjepa.data.motion import LIMIT, actions, video, volume
 from hjepa.data.sets import load
-from hjepa.data.truth import truth
+from hjepa.data.truth import NUMBERS, truth
 
 # ---- the same bytes
 SUMS = """import hashlib, torch; torch.set_num_threads({}); from hjepa.data.scenes import scenes; from hjepa.data.motion import video, volume
@@ -37,9 +38,18 @@ def test_any_part_in_any_order():
         p, q = S.scenes(b, 32, seed=3, start=a)
         assert torch.equal(p, x[a:a+b]) and all(torch.equal(q[k], y[k][a:a+b]) or k in ('turn', 'tilt', 'ground_tilt') for k in y)
         assert all(torch.equal(q[k].nan_to_num(9), y[k][a:a+b].nan_to_num(9)) for k in ('turn', 'tilt', 'ground_tilt'))
-    for bad in (dict(n=-1), dict(n=1, start=-1), dict(n=1, size=15)):
+
+def test_what_cannot_be_drawn_is_refused_in_a_sentence():
+    bads = [(dict(n=-1), 'n ≥ 0'), (dict(n=1, start=-1), 'start ≥ 0'), (dict(n=1, size=15), '16 or more'), (dict(n=1.5), 'integers'),
+            (dict(n=2, size=64.), 'integers'), (dict(n=2, seed=.5), 'integers'), (dict(n=2, start='3'), 'integers'), (dict(n=10**6, size=256), 'GB')]
+    for bad, why in bads:
         for f in (S.scenes, truth, volume):
-            with pytest.raises(HJEPAError): f(**bad)
+            with pytest.raises(HJEPAError, match=why): f(**bad)
+    S.check(651041, 64)                                      # 7.99999 GB, and one more is too much
+    with pytest.raises(HJEPAError, match='8.0 GB, more than 8'): S.check(651042, 64)
+    with pytest.raises(HJEPAError, match='GB'): video(10, 10**6, 32)           # all frames count
+    with pytest.raises(HJEPAError, match='GB'): volume(10, 1000)               # and all slices
+    with pytest.raises(HJEPAError, match='T=2.5'): video(1, 2.5)
 
 def test_a_larger_picture_shows_the_same_scene():
     a, b = truth(40, 32, seed=21), truth(40, 128, seed=21)
@@ -87,6 +97,44 @@ def test_relations_are_consistent():
     rows = [i for i in range(200) if t.labels['layout'][i] == S.LAYOUTS.index('nested')]
     assert rows and all(len([1 for _, q, b in t.graph[i] if q == 'inside' and b > 0]) == (t.labels['count'][i]//2) for i in rows)
 
+HUES = [*zip(S.COLOURS, S.RGB), ('yellow', np.array([1, .75, .05])), ('lime', np.array([.6, .9, .05]))]
+
+def hue(rgb):
+    "The name of the nearest hue, whatever the light"
+    unit = lambda v: (v - v.mean())/np.linalg.norm(v - v.mean())
+    return max(HUES, key=lambda h: unit(h[1])@unit(rgb))[0]
+
+def test_captions_are_true_of_the_pixels():
+    n, size = 250, 128; t = truth(n, size, seed=34); g = (np.arange(size) + .5)/(size/2) - 1; x, y = np.meshgrid(g, g); nested, edges = 0, []
+    read = re.compile(r'a \w+ (\w+) (\w+) with [^,]*, (.*); (\w+) small (\w+) (disc|square|cross)(?:e?s)?(?:, a (\w+) one inside (it|each|\w+ of them)| in a \w+| scattered)?; .* ground, (high|low) horizon, .* light from (.*)')
+    for c, im, ids, sem, cls in zip(t.captions, t.images.numpy()/255, t.ids.numpy(), t.semantic.numpy(), t.classes.tolist()):
+        colour, shape, place, many, tint, kind, inner, where, horizon, side = read.fullmatch(c).groups()
+        pixels = lambda j: np.median(im[:, ids == j], 1)
+        outer = NUMBERS.index(many) + 1; within = 0 if not inner else outer if where in ('it', 'each') else NUMBERS.index(where.split()[0]) + 1; nested += within > 0
+        assert Counter(hue(pixels(j)) for j in range(2, ids.max() + 1)) == Counter({tint: outer}) + Counter({inner: within}), c   # companions, counted by colour
+        assert hue(pixels(1)) == colour and [S.SHAPES[k] for k in cls if k >= 0] == [shape] + [kind]*(outer + within), c
+        for axis, less, more in ((x, 'left', 'right'), (y, 'above', 'below')):
+            off = axis[ids == 1].mean()                      # what hides a part of it moves the middle of what is seen
+            assert off < .03 if less in place else off > -.03 if more in place else abs(off) < .13, (c, off)
+        ground = ids == 0; sky = sem[ground] == 0
+        top = np.flatnonzero((sem == 1).any(1))[0]; assert top <= size//2 if horizon == 'high' else top >= size//2, c     # the first row of ground
+        a = np.stack([np.ones(ground.sum()), sky, x[ground], y[ground]], 1)
+        _, edge, *light = np.linalg.lstsq(a, im.mean(0)[ground], rcond=None)[0]                     # how the ground grows brighter
+        edges.append(abs(edge)); assert np.array(light)@dict(zip(('the right', 'below', 'the left', 'above'), ((1, 0), (0, 1), (-1, 0), (0, -1))))[side] > .04, (c, light)
+    assert nested > 30 and np.median(edges) > .02            # and a step between sky and ground is where the map has it
+
+def test_relations_are_true_of_the_map():
+    t = truth(150, 128, seed=35); n = Counter()
+    for g, b, ids in zip(t.graph, t.boxes.tolist(), t.ids.numpy().astype(int)):
+        pairs = np.concatenate([np.stack([ids[1:], ids[:-1]], -1).reshape(-1, 2), np.stack([ids[:, 1:], ids[:, :-1]], -1).reshape(-1, 2)])
+        meet = {(u - 1, v - 1) for u, v in np.unique(np.sort(pairs, 1), axis=0).tolist() if 0 < u < v}             # side by side on the map of what is seen
+        assert {(i, j) for i, r, j in g if r == 'touching'} == {(i, j) for i, j in meet if not {(i, 'inside', j), (j, 'inside', i)} & set(g)}
+        for i, r, j in g:
+            n[r] += 1
+            if r == 'left-of': assert b[i][2] <= b[j][0]
+            if r == 'above': assert b[i][3] <= b[j][1]
+    assert min(n['left-of'], n['above'], n['inside'], n['touching']) > 50
+
 # ---- nothing leaks
 QUESTIONS = [k for f in S.FACTORS.values() for k in f]
 
@@ -95,11 +143,12 @@ def cheap(p, size=32):
     z = lambda f: (f - f.mean(0))/f.std(0)
     pairs = lambda f: np.concatenate([f, *(f[:, i:i+1]*f[:, i:] for i in range(f.shape[1]))], 1)
     mean, area = z(im.mean((2, 3))), z((ids > 0).mean((1, 2))[:, None])
-    return dict(mean=(pairs(mean), mean), area=(pairs(area), area), thumb=(z(im.reshape(n, 3, 4, size//4, 4, size//4).mean((3, 5)).reshape(n, 48)),)*2)
+    e = size//8; corners = z(np.stack([im[:, :, a:, b:][:, :, :e, :e].mean((2, 3)) for a in (0, -e) for b in (0, -e)], 1).reshape(n, 12))
+    return dict(corners=(corners,)*2, mean=(pairs(mean), mean), area=(pairs(area), area), thumb=(z(im.reshape(n, 3, 4, size//4, 4, size//4).mean((3, 5)).reshape(n, 48)),)*2)
 
 def leaks(p, y):
-    "{(feature, factor)} that ridge regression or 30 neighbours read above chance; all cells together err once in 1,000"
-    out, k = set(), len(p['shape'])//2
+    "{(feature, factor): points above chance} that ridge regression or 30 neighbours read; all cells together err once in 1,000"
+    out, k = {}, len(p['shape'])//2
     q = {a: [np.asarray(b) for b in S.classes(y, a)] for a in QUESTIONS}
     Y = np.concatenate([(np.arange(m) == v[:k, None]) - (v[:k, None] >= 0)/m for v, m in q.values()], 1)
     for name, (f, g) in cheap(p).items():
@@ -109,15 +158,18 @@ def leaks(p, y):
             at = 0
             for b, (v, m) in q.items():
                 ok = v[k:] >= 0; right = (score[ok, at:at+m].argmax(1) == v[k:][ok]).sum(); at += m
-                if right > binom.isf(.001/(6*len(q)), ok.sum(), 1/m): out.add((name, b))
+                if right > binom.isf(.001/(8*len(q)), ok.sum(), 1/m): out[name, b] = max(out.get((name, b), 0), right/ok.sum() - 1/m)
     return out
 
 def test_cheap_features_know_only_what_they_may():
     p = S.params(10000, 41)
     found = leaks(p, S.labels(p))
-    may = {('mean', 'bright'), ('area', 'size')} | {('thumb', k) for k in 'x y size colour light bright horizon layout shape turn'.split()}   # of the last two a trace
-    assert found <= may, found - may
-    assert found >= {('mean', 'bright'), ('area', 'size')} | {('thumb', k) for k in 'colour light bright'.split()}    # the probes can see
+    trace = {('thumb', 'shape'), ('thumb', 'turn')}          # of these at most 4 points above chance
+    may = {('mean', 'bright'), ('area', 'size')} | {('corners', k) for k in 'colour light bright horizon'.split()} | {('thumb', k) for k in 'x y size colour light bright horizon'.split()}
+    assert found.keys() <= may | trace, found
+    assert all(found.get(k, 0) < .04 for k in trace), found
+    assert found['corners', 'colour'] < .14, found           # the price of a mean that knows nothing, as the notebook says: no more than that
+    assert found.keys() >= {('mean', 'bright'), ('area', 'size'), ('corners', 'colour')} | {('thumb', k) for k in 'colour light bright'.split()}    # the probes can see
 
 def test_the_leak_test_can_fail():
     "Take away one precaution at a time: the probes find out"

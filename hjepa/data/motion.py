@@ -73,7 +73,7 @@ def video(
     actions:Tensor=None, # (n,T,3): object, push along x and y, added to its speed after this frame; see actions()
 )->Video:
     "Films that begin with the scenes of scenes(n, size, seed, start)"
-    check(n, size, start)
+    check(n, size, start, seed, T)
     p = params(n, seed, start)
     push = np.zeros((n,T,3), np.float32) if actions is None else np.asarray(actions, np.float32)
     if T<1 or push.shape!=(n,T,3): raise HJEPAError(f'A video of {n} films and {T} frames takes actions of shape ({n}, {T}, 3), not {push.shape}, and T ≥ 1.')
@@ -166,7 +166,7 @@ def volume(
     start:int=0, # number of the first volume
 )->Volume:
     "Draw n labelled volumes; volume i depends on (seed, start+i, size) only"
-    check(n, size, start)
+    check(n, size, start, seed, size, 1)
     if size%2: raise HJEPAError(f'A volume has eight octants, so {size} voxels a side will not do: take an even number.')
     p, px, h = _solids(n, seed, start), size/2, size//2
     buf, ids = np.empty((n,size,size,size)), np.zeros((n,size,size,size), np.uint8)

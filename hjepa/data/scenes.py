@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTURES', 'SHAPES', 'KINDS', 'COLOURS', 'LAYOUTS', 'FACTORS', 'LEVELS', 'FOLD', 'REACH', 'STRETCH', 'SPREAD', 'RGB',
-           'uniforms', 'circle', 'outline', 'texture', 'params', 'grain', 'window', 'render', 'labels', 'classes',
-           'check', 'scenes']
+           'MOST', 'uniforms', 'circle', 'outline', 'texture', 'params', 'grain', 'window', 'render', 'labels',
+           'classes', 'check', 'scenes']
 
 # %% ../../nbs/data/10_scenes.ipynb #cf1a4846
 import math
@@ -349,14 +349,23 @@ def classes(
     return torch.from_numpy(np.where(np.isnan(v), -1, c)), parts
 
 # %% ../../nbs/data/10_scenes.ipynb #f4719321
+MOST = 8e9                                                   # bytes of pixels in one call
+
 def check(
-    n:int,     # images asked for
-    size:int,  # pixels a side
-    start:int, # number of the first image
+    n:int,          # images asked for
+    size:int,       # pixels a side
+    start:int=0,    # number of the first image
+    seed:int=0,     # which world
+    frames:int=1,   # of each film, or slices of each volume
+    channels:int=3, # bytes a pixel
 ):
     "Raise HJEPAError if no scenes can be drawn like that"
+    bad = [f'{k}={v!r}' for k,v in dict(n=n, size=size, start=start, seed=seed, T=frames).items() if not isinstance(v, (int, np.integer))]
+    if bad: raise HJEPAError(f"scenes counts in whole numbers, so {', '.join(bad)} will not do: give integers.")
     if n<0 or start<0: raise HJEPAError(f'scenes cannot draw {n} images from number {start}: give n ≥ 0 and start ≥ 0.')
     if size<16: raise HJEPAError(f'scenes cannot show its objects in {size} pixels: ask for a size of 16 or more.')
+    if (b := int(n)*int(frames)*channels*int(size)**2)>MOST:
+        raise HJEPAError(f'{n} scenes of {size} pixels a side would fill {b/1e9:,.1f} GB, more than {MOST/1e9:.0f}: draw them in parts, with start=.')
 
 def scenes(
     n:int,       # images
@@ -365,6 +374,6 @@ def scenes(
     start:int=0, # number of the first image
 )->tuple:        # images uint8 (n,3,size,size), and labels(): 'texture', 'shape', 'layout' and all other FACTORS, (n,) each
     "Draw n labelled scenes; image i depends on (seed, start+i, size) only"
-    check(n, size, start)
+    check(n, size, start, seed)
     p = params(n, seed, start)
     return torch.from_numpy(render(p, size)[0]), labels(p)
