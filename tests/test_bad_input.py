@@ -1,5 +1,5 @@
 "Everything a user may hand over that is not what it should be: converted, or refused in one sentence, and nothing half-written left."
-import errno, gzip, hashlib, http.server, io, json, os, re, shutil, struct, tarfile, threading, warnings, zlib
+import errno, gzip, hashlib, http.server, io, json, os, re, shutil, struct, subprocess, sys, tarfile, threading, warnings, zlib
 from functools import partial
 import numpy as np, pytest, torch
 from PIL import Image
@@ -89,7 +89,7 @@ BAD = { # name: (bytes, why)
     'head.jpg': (jpg[:300], ''), 'first.jpg': (jpg[:2], 'it is not an image'), 'half.png': (whole_png[:len(whole_png)//2], ''), 'head.png': (whole_png[:33], ''), 'half.gif': (stored(im, 'gif')[:1500], ''),
     'half.webp': (stored(im, 'webp', lossless=True)[:400], ''), 'half.bmp': (stored(im, 'bmp')[:2000], 'truncated'), 'half.tif': (stored(im, 'tiff')[:150], ''), 'half.pgm': (b'P5 64 48 255\n'+bytes(99), ''),
     'crc.png': (png(64, 48, 8, 2, zlib.compress(bytes(193*48)), crc=1), ''), 'stream.png': (png(64, 48, 8, 2, b'not zlib at all'), ''), 'no-pixels.png': (png(64, 48, 8, 2, b''), ''),
-    'bomb.png': (png(60000, 60000, 8, 2, zlib.compress(bytes(999))), 'decompression bomb'), 'nothing.png': (png(0, 0, 8, 2, zlib.compress(b'')), ''),
+    'bomb.png': (png(60000, 60000, 8, 2, zlib.compress(bytes(999))), '3,600 million pixels and at most 179 million are read'), 'nothing.png': (png(0, 0, 8, 2, zlib.compress(b'')), ''),
     'nan.tif': (stored(np.full((8,8), np.nan, np.float32), 'tiff'), 'numbers outside 0 to 1'), 'float255.tif': (stored(GREY.astype(np.float32), 'tiff'), 'numbers outside 0 to 1'),
     'minus.tif': (stored(np.full((8,8), -3, np.int32), 'tiff'), 'numbers outside 0 to 65535'), 'huge.tif': (stored(np.full((8,8), 70000, np.int32), 'tiff'), 'numbers outside 0 to 65535')}
 
@@ -107,7 +107,7 @@ def test_bad_files_are_named_and_left_out(home, name):
 
 def test_a_file_that_vanishes_and_a_link_to_nowhere(home):
     d = home/'pics'; d.mkdir(); (d/'a.png').write_bytes(whole_png); (d/'b.png').symlink_to(d/'nowhere')
-    s = load(f'folder:{d}', image=8); assert len(s)==1 or s.images.items
+    assert load(f'folder:{d}', image=8).images.items==[str(d/'b.png')]        # listed; a.png is the held-out tenth
     s = sets.ImageSet('x', 'train', sets.Folder([str(d/'a.png'), str(d/'b.png')], 8), torch.zeros(2, dtype=torch.int64), ('a',), '')
     (d/'a.png').unlink()
     for i in (0, 1):
@@ -140,6 +140,9 @@ FOLDERS = {
     'empty classes': (lambda d: [(d/'cat').mkdir(parents=True), (d/'dog').mkdir()], ('has no images',)),
     'a class with no images': (lambda d: [pics(d, 'cat/1.png'), (d/'dog').mkdir()], ('dog has no images (1 of 2 classes are empty)', 'fill it or remove it')),
     'a class with other files': (lambda d: [pics(d, 'cat/1.png'), (d/'dog').mkdir(), (d/'dog'/'1.txt').write_text('')], ('dog has no images',)),
+    'val only': (lambda d: pics(d, 'val/cat/1.png', 'val/dog/1.png'), ('has val and no train', '/train')),
+    'a class twice': (lambda d: [pics(d, 'cat/1.png'), (d/'dog').symlink_to(d/'cat')], ('are the same folder', 'remove one')),
+    'copies of a Mac': (lambda d: pics(d, 'cat/._1.png', 'cat/.ipynb_checkpoints/1.png'), ('has no images',)),
     'empty train': (lambda d: [(d/'train').mkdir(parents=True), pics(d, 'val/cat/1.png')], ('train has no images',))}
 
 @pytest.mark.parametrize('what', FOLDERS)
@@ -147,6 +150,43 @@ def test_bad_folders(home, what):
     make, needles = FOLDERS[what]; d = home/'pics'; make(d)
     with pytest.raises(DataError) as e: load(f'folder:{d}')
     sentence(e, *needles)
+
+def test_what_is_no_program_is_not_run(home, monkeypatch):
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *a, **k: pytest.fail('Ghostscript was run'))
+    for name,data in (('eps.jpg', stored(im, 'eps')), ('pdf.png', stored(im, 'pdf')), ('psd.jpg', b'8BPS'+bytes(99)), ('icns.png', stored(im, 'icns'))):
+        (home/name).write_bytes(data)
+        for use in (home/name, io.BytesIO(data)):
+            with pytest.raises(BadImage) as e: open_image(use, name=name)
+            assert e.value.why=='it is not an image'
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes here')
+def test_a_pipe_is_not_waited_for(home):
+    os.mkfifo(home/'x.jpg')
+    for p in (home/'x.jpg', '/dev/zero'):
+        with pytest.raises(BadImage) as e: open_image(str(p))
+        sentence(e, 'it is not a plain file')
+
+def test_large_images(home):
+    (home/'a.png').write_bytes(png(12000, 8000, 8, 0, zlib.compress(bytes(12001*8000))))                    # 96 million pixels
+    code = f"from hjepa.images import open_image; print(open_image({str(home/'a.png')!r}).size)"
+    out = subprocess.run([sys.executable, '-W', 'default', '-c', code], capture_output=True, text=True)
+    assert out.stdout=='(12000, 8000)\n' and 'Warning' not in out.stderr, out.stderr
+
+def test_links_that_lead_back_up(home):
+    d = home/'pics'; pics(d, *(f'{s}/{c}/{i}.png' for s in ('train','val') for c in ('cat','dog') for i in range(10))); one = {s: load(f'folder:{d}', s) for s in ('train','test')}
+    for f,to in (('train/cat/back', 'train'), ('train/cat/up', '.'), ('train/dog/here', 'train/dog'), ('val/cat/top', '/'), ('train/loop', 'train'), ('val/cat/other', 'train/..')): (d/f).symlink_to(d/to if to!='/' else '/')
+    for s,want in one.items():
+        got = load(f'folder:{d}', s); assert got.images.items==want.images.items and torch.equal(got.labels, want.labels) and len(got)==20
+    (d/'train/cat/more').symlink_to(home/'more'); pics(home/'more', '1.png', 'deep/2.png'); assert len(load(f'folder:{d}'))==22         # a link to more of a class is followed
+
+def test_what_is_left_out_is_said_once(home):
+    d = home/'pics'; pics(d, *(f'{c}/{i}.png' for c in ('cat','dog') for i in range(4)), 'cat/._1.png', 'dog/.ipynb_checkpoints/1.png', '.hidden/1.png')
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert len(load(f'folder:{d}'))+len(load(f'folder:{d}', 'test'))==8
+    for f in ('cat/1.heic', 'dog/2.heic', 'dog/notes.txt'): (d/f).write_bytes(b'')
+    pics(d, 'stray.png')
+    with pytest.warns(UserWarning) as w: assert len(load(f'folder:{d}'))==6
+    assert len(w)==1; sentence(w[0].message, str(d), '1 images beside the class folders, 2 .heic, 1 .txt')
 
 def test_bad_splits(home):
     pics(home/'a', 'train/cat/1.png', 'train/dog/1.png', 'test/cat/1.png'); pics(home/'b', 'cat/1.png'); pics(home/'c', '1.png', '2.png')

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from ..config import nearest
 from ..files import DISK_FULL, DataError, alone, checksum, data_root, reach, room, whole
-from ..images import IMAGE_FILES, BadImage, Folder, Lazy, fit, open_image, tolerate, tree
-from ..sources import cifar, cifar10_npm, coco, fashion_mnist, idx_set, imagenet, imagenet100, imagenette, import_sprites, part_of, places365, stl10
+from ..images import IMAGE_FILES, BadImage, Folder, Lazy, classes_of, fit, open_image, tolerate, tree
+from ..sources import SPLITS, cifar, cifar10_npm, coco, fashion_mnist, idx_set, imagenet, imagenet100, imagenette, import_sprites, part_of, places365, stl10
 from .scenes import SHAPES, scenes
 
 # %% ../../nbs/data/11_sets.ipynb #fd9ebafb
@@ -219,9 +219,10 @@ def _folder(rest:str, split:str, image, root:Path, progress:bool): # images, lab
     path = Path(rest).expanduser()
     if not path.is_dir(): raise DataError(f'There is no folder {path}: check the path after folder: in data.name.')
     train, test = part_of(path, 'train'), part_of(path, 'test')
+    if not train and test and set(classes_of(path))<=set(SPLITS['test']): raise DataError(f'{path} has {test.name} and no train: put the training images into {path}/train.')
     at = train or path if split=='train' or test is None or train is None else test
     paths,labels,classes = tree(at, progress)
-    if at==test and classes!=(other := tree(train)[2]):
+    if at==test and classes!=(other := tuple(classes_of(train))):
         raise DataError(f'{test} and {train} have different class folders ({", ".join(sorted(set(other)^set(classes))[:3])}, …): make them the same.')
     images = Folder(paths, image or 224)
     return (images, labels, classes, str(at)) if train and test else _held(images, labels, classes, split, str(at))
