@@ -190,7 +190,7 @@ def imagenet100(folder:Path, split:str, progress:bool, file=None): # paths, labe
     file = Path(file).expanduser() if file else folder/'classes.txt'
     if not file.exists():
         raise DataError(f'ImageNet-100 is a list of 100 ImageNet classes: write it to {file}, one a line such as n01440764, '
-                        f'and have ImageNet in {folder.parent/"imagenet"}')
+                        f'and have ImageNet in {folder.parent/"imagenet"}; the usual list is imagenet100.txt of the repository HobbitLong/CMC (Tian et al., Contrastive Multiview Coding)')
     names = class_list(file)
     if len(names)!=100: raise DataError(f'the class list {file} has {len(names)} classes and ImageNet-100 has 100')
     paths, labels, classes, where = imagenet(folder.parent/'imagenet', split, progress, names)

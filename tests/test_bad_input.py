@@ -215,10 +215,11 @@ SHARDS = {
     'text': (lambda p: p.write_text('hello'*300), ('not a whole, uncompressed tar file',)),
     'gzipped': (gzipped, ('not a whole, uncompressed tar file',)),
     'nothing in it': (lambda p: shard(p, []), ('holds no images',)),
-    'no image in a sample': (lambda p: shard(p, GOOD+[('9.cls', b'1')]), ('has no image in sample 4',)),
-    'only text': (lambda p: shard(p, [('a.txt', b'x')]), ('has no image in sample 0',)),
+    'only text': (lambda p: shard(p, [('a.txt', b'x'), ('9.cls', b'1')]), ('holds no images',)),
     'label of letters': (lambda p: shard(p, GOOD+[('9.png', whole_png), ('9.cls', b'cat')]), ('a label that is no number (9.cls)',)),
-    'label below': (lambda p: shard(p, GOOD+[('9.png', whole_png), ('9.cls', b'-7')]), ('labels from -7 to 1 and 2 classes',)),
+    'label below': (lambda p: shard(p, GOOD+[('9.png', whole_png), ('9.cls', b'-7')]), ('has the label -7 (9.cls)', 'numbered from 0')),
+    'label far above': (lambda p: shard(p, [('9.png', whole_png), ('9.cls', b'5000000')]), ('has the label 5000000 (9.cls)', '99,999')),
+    'label beyond int64': (lambda p: shard(p, [('9.png', whole_png), ('9.cls', b'9'*30)]), ('has the label 999', '(9.cls)')),
     'missing': (lambda p: None, ('There is no shard', '2 of 2 are missing'))}
 
 @pytest.mark.parametrize('what', SHARDS)
@@ -249,14 +250,18 @@ def test_remote_shards_are_read_in_order_only(home):
     for f in (lambda: s.images[0], lambda: s.images.open(5), lambda: sets.Mix([s, s])):
         with pytest.raises(DataError) as e: f()
         sentence(e, 'in order', 'to this machine')
+    shard(home/'t.tar', GOOD); t = load(f'wds:{home}/t.tar?n=4', image=8)                                  # it is here, only counted by hand
+    for f in (lambda: t.images[0], lambda: sets.Mix([t, t])):
+        with pytest.raises(DataError) as e: f()
+        sentence(e, 'in order', 'leave ?n= out')
     with pytest.raises(DataError) as e: load('wds:https://host/a.tar?n=10', 'test')
     sentence(e, '{split}')
 
 # ---- names and mixtures
 
-NAMES = {'cifar-10': 'cifar10', 'Cifar10': 'cifar10', 'stl': 'stl10', 'imagenet-100': 'imagenet100', 'scene': 'scenes', '': 'Choose from', 'folder:': 'folder:PATH', 'torchvision:CIFAR': 'CIFAR10',
+NAMES = {'CIFAR-10': "mean 'cifar10'", 'Fashion-MNIST': "mean 'fashion_mnist'", 'torchvision:flowers-102': "mean 'Flowers102'", 'torchvision:xyzxyz': 'on the page torchvision.datasets', 'cifar-10': 'cifar10', 'Cifar10': 'cifar10', 'stl': 'stl10', 'imagenet-100': 'imagenet100', 'scene': 'scenes', '': 'Choose from', 'folder:': 'folder:PATH', 'torchvision:CIFAR': 'CIFAR10',
          'torchvision:VisionDataset': 'put its files there', 'torchvision:Flowers102': '`hjepa data fetch torchvision:Flowers102`', 'torchvision:CIFAR100': '`hjepa data fetch torchvision:CIFAR100`', 'hf:no/such-set': 'no connection to huggingface.co',
-         'stl10': 'stl10_binary', 'cifar100': 'cifar-100-python', 'imagenette': 'imagenette2-320', 'places365': 'data_256_standard', 'imagenet': 'image-net.org', 'coco': 'train2017', 'imagenet100': 'classes.txt', 'imagenet100:/no/list': '/no/list'}
+         'stl10': 'stl10_binary', 'cifar100': 'cifar-100-python', 'imagenette': 'imagenette2-320', 'places365': 'data_256_standard', 'imagenet': 'image-net.org', 'coco': 'train2017', 'imagenet100': 'imagenet100.txt of the repository HobbitLong/CMC', 'imagenet100:/no/list': '/no/list'}
 
 @pytest.mark.parametrize('name', NAMES)
 def test_names_that_cannot_be_had(home, name):
@@ -289,7 +294,7 @@ rng = np.random.default_rng(0)
 TINY = {s: (rng.integers(0, 256, (n,32,32,3), np.uint8), rng.integers(0, 3, n, np.uint8)) for s,n in (('train',40),('test',20))}
 def named(monkeypatch, get, **kw): monkeypatch.setitem(SETS, 'tiny', Named([('there', get)], ('a','b','c'), 1e5, 'bring the files.')._replace(**kw))
 
-@pytest.mark.parametrize('labels,needle', [([3]*40, 'labels from 3 to 3 and 3 classes'), ([0]*39+[200], '0 to 200'), ([-2]*40, 'from -2'), ([0]*39, '40 train images and 39 labels')])
+@pytest.mark.parametrize('labels,needle', [([3]*40, 'labels from 3 to 3 and 3 classes'), ([0]*39+[200], '0 to 200'), ([-2]*40, 'from -2 to -2 and 3 classes: labels count the classes from 0'), ([0]*39, '40 train images and 39 labels')])
 def test_labels_outside_range(home, monkeypatch, labels, needle):
     named(monkeypatch, lambda f,p: dict(train=(TINY['train'][0], np.array(labels)), test=TINY['test']))
     with pytest.raises((DataError, TypeError)) as e: load('tiny')
