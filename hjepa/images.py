@@ -123,7 +123,6 @@ def _left_out(path, n:int, what:str, other:Counter): # one warning
     words = [f'{n:,} {what}']*(n>0)+[f'{k:,} {s}' for s,k in other.most_common(5)]+['…']*(len(other)>5)
     if words: warnings.warn(f'{path} holds files that are left out ({", ".join(words)}): images end in {" ".join(IMAGE_FILES)} and lie in the folder of their class.', stacklevel=3)
 
-
 # %% ../nbs/03_images.ipynb #5d1c07a4
 def tree(
     path,           # a folder with a subfolder of images per class, or with images only
@@ -147,7 +146,6 @@ def tree(
         raise DataError(f'{path}/{empty[0]} has no images ({len(empty)} of {len(classes)} classes are empty): fill it or remove it.')
     _left_out(path, len(flat), 'images beside the class folders', other)
     return [p for f in found for p in f], [i for i,f in enumerate(found) for _ in f], tuple(classes)
-
 
 # %% ../nbs/03_images.ipynb #f884d08e
 def tolerate(

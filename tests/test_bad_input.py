@@ -490,3 +490,39 @@ def test_the_command_line_says_it_in_a_sentence(home, capsys):
     out, err = capsys.readouterr(); f = json.loads((home/'f.json').read_text())
     assert '0.png (the file is empty)' in err and f['train']['images']+f['test']['images']==60 and f['train']['bytes']>0 and set(f['train']['per_class'])=={'cat','dog'}
     assert main(['data', 'show', f'folder:{d}', '--out', str(home/'new'/'grid.png')])==0 and Image.open(home/'new'/'grid.png').size[0]>300
+
+def run(capsys, *words): # status, what was printed, what was said as an error
+    from hjepa.cli import main
+    status = main([str(w) for w in words]); out, err = capsys.readouterr(); assert 'Traceback' not in err
+    return status, out, '\n'.join(l for l in err.splitlines() if '%|' not in l).strip()                        # without the bars
+
+SMALL = 'encoder.patch=8 encoder.dim=16 encoder.depth=2 encoder.heads=2 predictor.dim=16 predictor.heads=2 whole.hidden=32 whole.dim=8 batch=4 steps=2 device=cpu precision=fp32 monitor=0'.split()
+
+def test_data_command_where_something_is_missing(home, capsys):
+    shard(home/'t.tar', GOOD); wds = f'wds:{home}/t.tar'
+    status, out, err = run(capsys, 'data', wds, '--image', 8, '--json', home/'f.json')
+    assert status==0 and 'train         4 images (3, 8, 8)' in out and 'test  none: ' in out and list(json.loads((home/'f.json').read_text()))==['train'] and not err
+    status, out, err = run(capsys, 'data', wds, '--split', 'test'); assert status==2; sentence(err.strip(), '{split}')
+    for name,n in ((f'wds:pipe:cat {home}/t.tar?n=4', 4), (f'wds:{home}/t.tar?n=3', 3)):                    # only in order: looked at where they begin
+        pytest.importorskip('webdataset'); status, out, err = run(capsys, 'data', 'info', name, '--image', 8); assert status==0 and f'({n} images)' in out and not err
+        assert run(capsys, 'data', 'show', name, '--image', 8, '--out', home/'far.png')[0]==0 and (home/'far.png').stat().st_size>1000
+    pics(home/'p', *(f'{i}.png' for i in range(20))); status, out, err = run(capsys, 'data', f'mix:scenes,folder:{home}/p', '--image', 16); assert status==0 and 'shares scenes' in out
+    for f,needle in (('x.txt', 'x.txt does not end like a picture'), ('noend', 'does not end'), ('p/1.png/x.png', 'cannot be written')):
+        status, out, err = run(capsys, 'data', 'show', 'scenes', '--out', home/f); assert status==2; sentence(err.strip(), needle, '--out')
+    status, out, err = run(capsys, 'data', 'fetch', 'scenes'); assert status==0 and 'kept under' not in out
+    (home/'p'/'1.heic').write_bytes(b''); status, out, err = run(capsys, 'data', f'folder:{home}/p', '--image', 8); assert status==0 and err.count('1 .heic')==1
+
+def test_class_names_that_the_font_lacks(home, capsys):
+    pics(home/'p', *(f'{c}/{i}.png' for c in ('猫', '犬', 'Übung', 'cat') for i in range(4)))
+    with warnings.catch_warnings(): warnings.filterwarnings('error', 'Glyph'); status, out, err = run(capsys, 'data', 'show', f'folder:{home}/p', '--image', 8, '--out', home/'p.png')
+    assert status==0 and not err
+
+def test_training_without_labels_or_test_images(home, capsys, monkeypatch):
+    pytest.importorskip('webdataset'); monkeypatch.chdir(home); shard(home/'t.tar', GOOD); pics(home/'flat', *(f'{i}.png' for i in range(9)))
+    for name,needles in ((f'wds:{home}/t.tar', ('needs test images', '{split}')), (f'folder:{home}/flat', ('needs labels', 'flat/train has images without'))):
+        words = ['train', 'cifar10-cpu', f'data.name={name}', *SMALL, '--out', home/'run'/name[:3]]
+        for more in ([], ['--fallback']):
+            status, out, err = run(capsys, *words, *more); assert status==2 and not (home/'run').exists() and 'NOTE' not in out; sentence(err.strip(), *needles, '--no-report')
+    for name in (f'wds:{home}/t.tar', f'folder:{home}/flat'):
+        status, out, err = run(capsys, 'train', 'cifar10-cpu', f'data.name={name}', *SMALL, '--no-report', '--out', home/'run'/name[:3])
+        assert status==0 and 'finished: 8 images' in out, err

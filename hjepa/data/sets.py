@@ -362,7 +362,6 @@ def _scan(path:str): # one shard -> rows (offset, bytes, label)
     if not rows: raise DataError(f'{path} holds no images: take it out of the pattern.')
     return np.array(rows, np.int64)
 
-
 # %% ../../nbs/data/11_sets.ipynb #6b0e27d1
 def _scanned(paths:list, root:Path, progress:bool): # counts, and (N,3) rows; kept for next time
     facts = [2]+[[p, (st := os.stat(p)).st_size, st.st_mtime_ns] for p in paths]                   # 2: what _scan counts
@@ -376,7 +375,6 @@ def _scanned(paths:list, root:Path, progress:bool): # counts, and (N,3) rows; ke
         with whole(kept, error=DataError) as new, open(new, 'wb') as f: np.savez(f, counts=counts, rows=rows)
     except DataError as e: warnings.warn(f'The count of the shards is not kept: {e}')
     return counts, rows
-
 
 # %% ../../nbs/data/11_sets.ipynb #7947e559
 def _wds(rest:str, split:str, image, root:Path, progress:bool): # images, labels, classes, source
