@@ -135,7 +135,8 @@ def tree(
         raise DataError(f'{path} has no folder for {len(missing)} of {len(only)} classes ({", ".join(missing[:3])}, …): add them, or correct the list.')
     classes = sorted(only) if only else classes
     real = [os.path.realpath(os.path.join(path, c)) for c in classes]; root = os.path.realpath(path); seen = {root, *real}
-    if twice := [c for c,r in zip(classes, real) if real.count(r)>1]: raise DataError(f'{path}/{twice[0]} and {path}/{twice[1]} are the same folder: remove one of the links.')
+    first = dict(zip(real[::-1], classes[::-1]))
+    if twice := [(first[r], c) for c,r in zip(classes, real) if first[r]!=c]: raise DataError(f'{path}/{twice[0][0]} and {path}/{twice[0][1]} are the same folder: remove one of the links.')
     found = [_images_in(os.path.join(path, c), root, seen, other) for c in tqdm(classes, f'listing {path}', disable=not progress or len(classes)<100)]
     flat = sorted(e.path for e in os.scandir(path) if e.name[0]!='.' and e.name.lower().endswith(IMAGE_FILES) and not e.is_dir())
     if not any(found):
@@ -144,7 +145,7 @@ def tree(
         return flat, [-1]*len(flat), ()
     if empty := [c for c,f in zip(classes, found) if not f]:
         raise DataError(f'{path}/{empty[0]} has no images ({len(empty)} of {len(classes)} classes are empty): fill it or remove it.')
-    _left_out(path, len(flat), 'images beside the class folders', other)
+    _left_out(path, len(flat), f'image{"s"*(len(flat)!=1)} beside the class folders', other)
     return [p for f in found for p in f], [i for i,f in enumerate(found) for _ in f], tuple(classes)
 
 # %% ../nbs/03_images.ipynb #f884d08e

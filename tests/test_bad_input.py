@@ -186,7 +186,7 @@ def test_what_is_left_out_is_said_once(home):
     for f in ('cat/1.heic', 'dog/2.heic', 'dog/notes.txt'): (d/f).write_bytes(b'')
     pics(d, 'stray.png')
     with pytest.warns(UserWarning) as w: assert len(load(f'folder:{d}'))==6
-    assert len(w)==1; sentence(w[0].message, str(d), '1 images beside the class folders, 2 .heic, 1 .txt')
+    assert len(w)==1; sentence(w[0].message, str(d), '1 image beside the class folders, 2 .heic, 1 .txt')
 
 def test_bad_splits(home):
     pics(home/'a', 'train/cat/1.png', 'train/dog/1.png', 'test/cat/1.png'); pics(home/'b', 'cat/1.png'); pics(home/'c', '1.png', '2.png')

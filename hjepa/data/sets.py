@@ -351,7 +351,7 @@ def _scan(path:str): # one shard -> rows (offset, bytes, label)
         with tarfile.open(path, 'r:') as tar:
             for m in tar:
                 name = re.fullmatch(r'((?:.*/)?[^.]+)[.]([^/]*)', m.name)          # stem and suffixes, as the webdataset library cuts them
-                if not m.isfile() or not name or re.match('__[^/]*__/', m.name): continue
+                if not m.isfile() or not name or re.match('__[^/]*__(/|$)', m.name): continue
                 if name[1]!=key: rows.append([-1, 0, -1]); key = name[1]
                 if '.'+name[2].lower().rpartition('.')[2] in IMAGE_FILES and rows[-1][0]<0: rows[-1][:2] = m.offset_data, m.size
                 elif name[2].lower()=='cls': rows[-1][2] = _label(tar.extractfile(m).read(), path, m.name)
