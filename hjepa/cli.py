@@ -151,7 +151,7 @@ def data(args):
             if verb == 'show': print(save(show(s), picture))
         for w in dict.fromkeys(str(w.message) for w in told):
             if w not in said: said.add(w); print(f'hjepa: {w}', file=sys.stderr)
-    if verb == 'fetch' and name.partition(':')[0] not in ('scenes', 'folder', 'wds'): print(f'kept under {data_root()}')
+    if verb == 'fetch' and not re.fullmatch(r'scenes|(folder|wds):.*', name): print(f'kept under {data_root()}')
     say_json(args, out)
 
 def bench(args):
