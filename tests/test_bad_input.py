@@ -1,5 +1,5 @@
 "Everything a user may hand over that is not what it should be: converted, or refused in one sentence, and nothing half-written left."
-import errno, gzip, hashlib, http.server, io, json, os, re, shutil, struct, tarfile, threading, warnings, zlib
+import errno, gzip, hashlib, http.server, io, json, os, re, shutil, struct, subprocess, sys, tarfile, threading, warnings, zlib
 from functools import partial
 import numpy as np, pytest, torch
 from PIL import Image
@@ -89,7 +89,7 @@ BAD = { # name: (bytes, why)
     'head.jpg': (jpg[:300], ''), 'first.jpg': (jpg[:2], 'it is not an image'), 'half.png': (whole_png[:len(whole_png)//2], ''), 'head.png': (whole_png[:33], ''), 'half.gif': (stored(im, 'gif')[:1500], ''),
     'half.webp': (stored(im, 'webp', lossless=True)[:400], ''), 'half.bmp': (stored(im, 'bmp')[:2000], 'truncated'), 'half.tif': (stored(im, 'tiff')[:150], ''), 'half.pgm': (b'P5 64 48 255\n'+bytes(99), ''),
     'crc.png': (png(64, 48, 8, 2, zlib.compress(bytes(193*48)), crc=1), ''), 'stream.png': (png(64, 48, 8, 2, b'not zlib at all'), ''), 'no-pixels.png': (png(64, 48, 8, 2, b''), ''),
-    'bomb.png': (png(60000, 60000, 8, 2, zlib.compress(bytes(999))), 'decompression bomb'), 'nothing.png': (png(0, 0, 8, 2, zlib.compress(b'')), ''),
+    'bomb.png': (png(60000, 60000, 8, 2, zlib.compress(bytes(999))), '3,600 million pixels and at most 179 million are read'), 'nothing.png': (png(0, 0, 8, 2, zlib.compress(b'')), ''),
     'nan.tif': (stored(np.full((8,8), np.nan, np.float32), 'tiff'), 'numbers outside 0 to 1'), 'float255.tif': (stored(GREY.astype(np.float32), 'tiff'), 'numbers outside 0 to 1'),
     'minus.tif': (stored(np.full((8,8), -3, np.int32), 'tiff'), 'numbers outside 0 to 65535'), 'huge.tif': (stored(np.full((8,8), 70000, np.int32), 'tiff'), 'numbers outside 0 to 65535')}
 
@@ -107,7 +107,7 @@ def test_bad_files_are_named_and_left_out(home, name):
 
 def test_a_file_that_vanishes_and_a_link_to_nowhere(home):
     d = home/'pics'; d.mkdir(); (d/'a.png').write_bytes(whole_png); (d/'b.png').symlink_to(d/'nowhere')
-    s = load(f'folder:{d}', image=8); assert len(s)==1 or s.images.items
+    assert load(f'folder:{d}', image=8).images.items==[str(d/'b.png')]        # listed; a.png is the held-out tenth
     s = sets.ImageSet('x', 'train', sets.Folder([str(d/'a.png'), str(d/'b.png')], 8), torch.zeros(2, dtype=torch.int64), ('a',), '')
     (d/'a.png').unlink()
     for i in (0, 1):
@@ -140,6 +140,9 @@ FOLDERS = {
     'empty classes': (lambda d: [(d/'cat').mkdir(parents=True), (d/'dog').mkdir()], ('has no images',)),
     'a class with no images': (lambda d: [pics(d, 'cat/1.png'), (d/'dog').mkdir()], ('dog has no images (1 of 2 classes are empty)', 'fill it or remove it')),
     'a class with other files': (lambda d: [pics(d, 'cat/1.png'), (d/'dog').mkdir(), (d/'dog'/'1.txt').write_text('')], ('dog has no images',)),
+    'val only': (lambda d: pics(d, 'val/cat/1.png', 'val/dog/1.png'), ('has val and no train', '/train')),
+    'a class twice': (lambda d: [pics(d, 'cat/1.png'), (d/'dog').symlink_to(d/'cat')], ('are the same folder', 'remove one')),
+    'copies of a Mac': (lambda d: pics(d, 'cat/._1.png', 'cat/.ipynb_checkpoints/1.png'), ('has no images',)),
     'empty train': (lambda d: [(d/'train').mkdir(parents=True), pics(d, 'val/cat/1.png')], ('train has no images',))}
 
 @pytest.mark.parametrize('what', FOLDERS)
@@ -147,6 +150,43 @@ def test_bad_folders(home, what):
     make, needles = FOLDERS[what]; d = home/'pics'; make(d)
     with pytest.raises(DataError) as e: load(f'folder:{d}')
     sentence(e, *needles)
+
+def test_what_is_no_program_is_not_run(home, monkeypatch):
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *a, **k: pytest.fail('Ghostscript was run'))
+    for name,data in (('eps.jpg', stored(im, 'eps')), ('pdf.png', stored(im, 'pdf')), ('psd.jpg', b'8BPS'+bytes(99)), ('icns.png', stored(im, 'icns'))):
+        (home/name).write_bytes(data)
+        for use in (home/name, io.BytesIO(data)):
+            with pytest.raises(BadImage) as e: open_image(use, name=name)
+            assert e.value.why=='it is not an image'
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes here')
+def test_a_pipe_is_not_waited_for(home):
+    os.mkfifo(home/'x.jpg')
+    for p in (home/'x.jpg', '/dev/zero'):
+        with pytest.raises(BadImage) as e: open_image(str(p))
+        sentence(e, 'it is not a plain file')
+
+def test_large_images(home):
+    (home/'a.png').write_bytes(png(12000, 8000, 8, 0, zlib.compress(bytes(12001*8000))))                    # 96 million pixels
+    code = f"from hjepa.images import open_image; print(open_image({str(home/'a.png')!r}).size)"
+    out = subprocess.run([sys.executable, '-W', 'default', '-c', code], capture_output=True, text=True)
+    assert out.stdout=='(12000, 8000)\n' and 'Warning' not in out.stderr, out.stderr
+
+def test_links_that_lead_back_up(home):
+    d = home/'pics'; pics(d, *(f'{s}/{c}/{i}.png' for s in ('train','val') for c in ('cat','dog') for i in range(10))); one = {s: load(f'folder:{d}', s) for s in ('train','test')}
+    for f,to in (('train/cat/back', 'train'), ('train/cat/up', '.'), ('train/dog/here', 'train/dog'), ('val/cat/top', '/'), ('train/loop', 'train'), ('val/cat/other', 'train/..')): (d/f).symlink_to(d/to if to!='/' else '/')
+    for s,want in one.items():
+        got = load(f'folder:{d}', s); assert got.images.items==want.images.items and torch.equal(got.labels, want.labels) and len(got)==20
+    (d/'train/cat/more').symlink_to(home/'more'); pics(home/'more', '1.png', 'deep/2.png'); assert len(load(f'folder:{d}'))==22         # a link to more of a class is followed
+
+def test_what_is_left_out_is_said_once(home):
+    d = home/'pics'; pics(d, *(f'{c}/{i}.png' for c in ('cat','dog') for i in range(4)), 'cat/._1.png', 'dog/.ipynb_checkpoints/1.png', '.hidden/1.png')
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert len(load(f'folder:{d}'))+len(load(f'folder:{d}', 'test'))==8
+    for f in ('cat/1.heic', 'dog/2.heic', 'dog/notes.txt'): (d/f).write_bytes(b'')
+    pics(d, 'stray.png')
+    with pytest.warns(UserWarning) as w: assert len(load(f'folder:{d}'))==6
+    assert len(w)==1; sentence(w[0].message, str(d), '1 image beside the class folders, 2 .heic, 1 .txt')
 
 def test_bad_splits(home):
     pics(home/'a', 'train/cat/1.png', 'train/dog/1.png', 'test/cat/1.png'); pics(home/'b', 'cat/1.png'); pics(home/'c', '1.png', '2.png')
@@ -175,10 +215,11 @@ SHARDS = {
     'text': (lambda p: p.write_text('hello'*300), ('not a whole, uncompressed tar file',)),
     'gzipped': (gzipped, ('not a whole, uncompressed tar file',)),
     'nothing in it': (lambda p: shard(p, []), ('holds no images',)),
-    'no image in a sample': (lambda p: shard(p, GOOD+[('9.cls', b'1')]), ('has no image in sample 4',)),
-    'only text': (lambda p: shard(p, [('a.txt', b'x')]), ('has no image in sample 0',)),
+    'only text': (lambda p: shard(p, [('a.txt', b'x'), ('9.cls', b'1')]), ('holds no images',)),
     'label of letters': (lambda p: shard(p, GOOD+[('9.png', whole_png), ('9.cls', b'cat')]), ('a label that is no number (9.cls)',)),
-    'label below': (lambda p: shard(p, GOOD+[('9.png', whole_png), ('9.cls', b'-7')]), ('labels from -7 to 1 and 2 classes',)),
+    'label below': (lambda p: shard(p, GOOD+[('9.png', whole_png), ('9.cls', b'-7')]), ('has the label -7 (9.cls)', 'numbered from 0')),
+    'label far above': (lambda p: shard(p, [('9.png', whole_png), ('9.cls', b'5000000')]), ('has the label 5000000 (9.cls)', '99,999')),
+    'label beyond int64': (lambda p: shard(p, [('9.png', whole_png), ('9.cls', b'9'*30)]), ('has the label 999', '(9.cls)')),
     'missing': (lambda p: None, ('There is no shard', '2 of 2 are missing'))}
 
 @pytest.mark.parametrize('what', SHARDS)
@@ -209,14 +250,18 @@ def test_remote_shards_are_read_in_order_only(home):
     for f in (lambda: s.images[0], lambda: s.images.open(5), lambda: sets.Mix([s, s])):
         with pytest.raises(DataError) as e: f()
         sentence(e, 'in order', 'to this machine')
+    shard(home/'t.tar', GOOD); t = load(f'wds:{home}/t.tar?n=4', image=8)                                  # it is here, only counted by hand
+    for f in (lambda: t.images[0], lambda: sets.Mix([t, t])):
+        with pytest.raises(DataError) as e: f()
+        sentence(e, 'in order', 'leave ?n= out')
     with pytest.raises(DataError) as e: load('wds:https://host/a.tar?n=10', 'test')
     sentence(e, '{split}')
 
 # ---- names and mixtures
 
-NAMES = {'cifar-10': 'cifar10', 'Cifar10': 'cifar10', 'stl': 'stl10', 'imagenet-100': 'imagenet100', 'scene': 'scenes', '': 'Choose from', 'folder:': 'folder:PATH', 'torchvision:CIFAR': 'CIFAR10',
+NAMES = {'CIFAR-10': "mean 'cifar10'", 'Fashion-MNIST': "mean 'fashion_mnist'", 'torchvision:flowers-102': "mean 'Flowers102'", 'torchvision:xyzxyz': 'on the page torchvision.datasets', 'cifar-10': 'cifar10', 'Cifar10': 'cifar10', 'stl': 'stl10', 'imagenet-100': 'imagenet100', 'scene': 'scenes', '': 'Choose from', 'folder:': 'folder:PATH', 'torchvision:CIFAR': 'CIFAR10',
          'torchvision:VisionDataset': 'put its files there', 'torchvision:Flowers102': '`hjepa data fetch torchvision:Flowers102`', 'torchvision:CIFAR100': '`hjepa data fetch torchvision:CIFAR100`', 'hf:no/such-set': 'no connection to huggingface.co',
-         'stl10': 'stl10_binary', 'cifar100': 'cifar-100-python', 'imagenette': 'imagenette2-320', 'places365': 'data_256_standard', 'imagenet': 'image-net.org', 'coco': 'train2017', 'imagenet100': 'classes.txt', 'imagenet100:/no/list': '/no/list'}
+         'stl10': 'stl10_binary', 'cifar100': 'cifar-100-python', 'imagenette': 'imagenette2-320', 'places365': 'data_256_standard', 'imagenet': 'image-net.org', 'coco': 'train2017', 'imagenet100': 'imagenet100.txt of the repository HobbitLong/CMC', 'imagenet100:/no/list': '/no/list'}
 
 @pytest.mark.parametrize('name', NAMES)
 def test_names_that_cannot_be_had(home, name):
@@ -249,7 +294,7 @@ rng = np.random.default_rng(0)
 TINY = {s: (rng.integers(0, 256, (n,32,32,3), np.uint8), rng.integers(0, 3, n, np.uint8)) for s,n in (('train',40),('test',20))}
 def named(monkeypatch, get, **kw): monkeypatch.setitem(SETS, 'tiny', Named([('there', get)], ('a','b','c'), 1e5, 'bring the files.')._replace(**kw))
 
-@pytest.mark.parametrize('labels,needle', [([3]*40, 'labels from 3 to 3 and 3 classes'), ([0]*39+[200], '0 to 200'), ([-2]*40, 'from -2'), ([0]*39, '40 train images and 39 labels')])
+@pytest.mark.parametrize('labels,needle', [([3]*40, 'labels from 3 to 3 and 3 classes'), ([0]*39+[200], '0 to 200'), ([-2]*40, 'from -2 to -2 and 3 classes: labels count the classes from 0'), ([0]*39, '40 train images and 39 labels')])
 def test_labels_outside_range(home, monkeypatch, labels, needle):
     named(monkeypatch, lambda f,p: dict(train=(TINY['train'][0], np.array(labels)), test=TINY['test']))
     with pytest.raises((DataError, TypeError)) as e: load('tiny')
@@ -445,3 +490,39 @@ def test_the_command_line_says_it_in_a_sentence(home, capsys):
     out, err = capsys.readouterr(); f = json.loads((home/'f.json').read_text())
     assert '0.png (the file is empty)' in err and f['train']['images']+f['test']['images']==60 and f['train']['bytes']>0 and set(f['train']['per_class'])=={'cat','dog'}
     assert main(['data', 'show', f'folder:{d}', '--out', str(home/'new'/'grid.png')])==0 and Image.open(home/'new'/'grid.png').size[0]>300
+
+def run(capsys, *words): # status, what was printed, what was said as an error
+    from hjepa.cli import main
+    status = main([str(w) for w in words]); out, err = capsys.readouterr(); assert 'Traceback' not in err
+    return status, out, '\n'.join(l for l in err.splitlines() if '%|' not in l).strip()                        # without the bars
+
+SMALL = 'encoder.patch=8 encoder.dim=16 encoder.depth=2 encoder.heads=2 predictor.dim=16 predictor.heads=2 whole.hidden=32 whole.dim=8 batch=4 steps=2 device=cpu precision=fp32 monitor=0'.split()
+
+def test_data_command_where_something_is_missing(home, capsys):
+    shard(home/'t.tar', GOOD); wds = f'wds:{home}/t.tar'
+    status, out, err = run(capsys, 'data', wds, '--image', 8, '--json', home/'f.json')
+    assert status==0 and 'train         4 images (3, 8, 8)' in out and 'test  none: ' in out and list(json.loads((home/'f.json').read_text()))==['train'] and not err
+    status, out, err = run(capsys, 'data', wds, '--split', 'test'); assert status==2; sentence(err.strip(), '{split}')
+    for name,n in ((f'wds:pipe:cat {home}/t.tar?n=4', 4), (f'wds:{home}/t.tar?n=3', 3)):                    # only in order: looked at where they begin
+        pytest.importorskip('webdataset'); status, out, err = run(capsys, 'data', 'info', name, '--image', 8); assert status==0 and f'({n} images)' in out and not err
+        assert run(capsys, 'data', 'show', name, '--image', 8, '--out', home/'far.png')[0]==0 and (home/'far.png').stat().st_size>1000
+    pics(home/'p', *(f'{i}.png' for i in range(20))); status, out, err = run(capsys, 'data', f'mix:scenes,folder:{home}/p', '--image', 16); assert status==0 and 'shares scenes' in out
+    for f,needle in (('x.txt', 'x.txt does not end like a picture'), ('noend', 'does not end'), ('p/1.png/x.png', 'cannot be written')):
+        status, out, err = run(capsys, 'data', 'show', 'scenes', '--out', home/f); assert status==2; sentence(err.strip(), needle, '--out')
+    status, out, err = run(capsys, 'data', 'fetch', 'scenes'); assert status==0 and 'kept under' not in out
+    (home/'p'/'1.heic').write_bytes(b''); status, out, err = run(capsys, 'data', f'folder:{home}/p', '--image', 8); assert status==0 and err.count('1 .heic')==1
+
+def test_class_names_that_the_font_lacks(home, capsys):
+    pics(home/'p', *(f'{c}/{i}.png' for c in ('猫', '犬', 'Übung', 'cat') for i in range(4)))
+    with warnings.catch_warnings(): warnings.filterwarnings('error', 'Glyph'); status, out, err = run(capsys, 'data', 'show', f'folder:{home}/p', '--image', 8, '--out', home/'p.png')
+    assert status==0 and not err
+
+def test_training_without_labels_or_test_images(home, capsys, monkeypatch):
+    pytest.importorskip('webdataset'); monkeypatch.chdir(home); shard(home/'t.tar', GOOD); pics(home/'flat', *(f'{i}.png' for i in range(9)))
+    for name,needles in ((f'wds:{home}/t.tar', ('needs test images', '{split}')), (f'folder:{home}/flat', ('needs labels', 'flat/train has images without'))):
+        words = ['train', 'cifar10-cpu', f'data.name={name}', *SMALL, '--out', home/'run'/name[:3]]
+        for more in ([], ['--fallback']):
+            status, out, err = run(capsys, *words, *more); assert status==2 and not (home/'run').exists() and 'NOTE' not in out; sentence(err.strip(), *needles, '--no-report')
+    for name in (f'wds:{home}/t.tar', f'folder:{home}/flat'):
+        status, out, err = run(capsys, 'train', 'cifar10-cpu', f'data.name={name}', *SMALL, '--no-report', '--out', home/'run'/name[:3])
+        assert status==0 and 'finished: 8 images' in out, err

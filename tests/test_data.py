@@ -289,6 +289,7 @@ def test_epochs_of_a_mixture(home):
         for p,n in enumerate(sizes):
             mine = drawn.flatten()[m.part_of(drawn.flatten())==p]; assert len(mine)==12*k[p]
             for r in mine[:len(mine)//n*n].view(-1, n): assert r.unique().numel()==n                           # nobody twice before everybody once, over epochs
+        if k[0]*k[1]>9: assert not all(torch.equal(m.part_of(d), m.part_of(drawn[0])) for d in drawn[1:3])               # the parts take turns in another order every epoch
         assert (m.part_of(drawn).sum(1)==m.part_of(drawn[0]).sum()).all() and torch.equal(m.order(7, 11), drawn[11])
         assert sizes==[1,9] or not torch.equal(m.order(8, 0), drawn[0])
     code = ("import torch; from hjepa.data import sets; import hashlib\nz = lambda n: sets.ImageSet(str(n), 'train', torch.zeros(n,3,2,2, dtype=torch.uint8), torch.zeros(n), ('a',), '')\n"

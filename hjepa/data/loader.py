@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mixed_seed', 'Loader', 'Steps', 'sentence', 'as_it_is', 'deaf', 'told_later', 'died', 'taken', 'buffered', 'Stream',
-           'samples', 'first_words', 'decoded', 'Reading']
+           'samples', 'image_key', 'first_words', 'decoded', 'Reading']
 
 # %% ../../nbs/data/13_loader.ipynb #0a0ce423
 import io, re, signal, threading, warnings
@@ -247,13 +247,13 @@ def indices(self:Stream, step:int) -> Tensor: # (batch,)
 
 # %% ../../nbs/data/13_loader.ipynb #918215fa
 def samples(url:str, numbers:list): # ascending -> yields dicts: suffix -> bytes
-    "The samples of one shard that have these numbers."
+    "The samples of one shard that have these numbers; one without an image has no number."
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
     i, stream = -1, None
     try:
         stream = gopen(url)
-        found = enumerate(group_by_keys(tar_file_expander([dict(url=url, stream=stream)])))
+        found = enumerate(filter(image_key, group_by_keys(tar_file_expander([dict(url=url, stream=stream)]))))
         for n in numbers:
             while i < n: i, x = next(found)
             yield x
@@ -262,7 +262,13 @@ def samples(url:str, numbers:list): # ascending -> yields dicts: suffix -> bytes
     finally:
         with suppress(OSError): stream and stream.close()        # a command that was left early may complain
 
-def first_words(e): return str(getattr(e, 'strerror', None) or (e.args or [type(e).__name__])[0]).split(' @ ')[0]
+def image_key(sample:dict): # the suffix of its image, or None
+    return next((k for k, v in sample.items() if isinstance(v, bytes) and f".{k.rpartition('.')[2].lower()}" in IMAGE_FILES), None)
+
+def first_words(e):
+    w = str(getattr(e, 'strerror', None) or (e.args or [type(e).__name__])[0]).split(' @ ')[0]
+    gone = re.search(r'exit (-?\d+) \(', w)           # webdataset reads what is remote through a command such as curl
+    return f'what brings it ended with status {gone[1]}' if gone else 'nothing came' if w == 'empty file' else w
 
 @patch
 def read(self:Stream, epoch:int, wanted:list): # ascending places -> yields (place, sample)
@@ -274,10 +280,8 @@ def read(self:Stream, epoch:int, wanted:list): # ascending places -> yields (pla
 
 def decoded(sample:dict, size=None): # -> PIL RGB; raises BadImage
     "The image of a sample."
-    name = f"{sample['__url__']}/{sample['__key__']}"
-    for k, v in sample.items():
-        if isinstance(v, bytes) and f".{k.rpartition('.')[2].lower()}" in IMAGE_FILES: return open_image(io.BytesIO(v), size, f'{name}.{k}')
-    raise BadImage(name, 'no image among its files')
+    k = image_key(sample)
+    return open_image(io.BytesIO(sample[k]), size, f"{sample['__url__']}/{sample['__key__']}.{k}")
 
 # %% ../../nbs/data/13_loader.ipynb #300ae24c
 class Reading:
