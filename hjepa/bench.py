@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import default_loader
 from .config import HJEPAError, Recipe, from_dict, nearest, recipe
-from .files import write
+from .files import commit, write
 from .images import Folder
 from .data.scenes import scenes
 from .data.sets import load
@@ -154,7 +154,6 @@ def best_device() -> str:
 
 def machine(device) -> dict:
     "Where a number comes from."
-    from hjepa.evaluate.card import commit
     sha, dirty = commit()
     dev = torch.device(device)
     return dict(commit=sha, dirty=dirty, device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else f'{dev.type} ({platform.machine()})',
@@ -338,7 +337,6 @@ def finish_json(res:dict, out=None) -> dict:
     "Note the memory's meaning, and write the file if one is asked for."
     res['peak_of'] = 'torch.cuda.max_memory_allocated' if torch.cuda.is_available() and not res['device'].startswith('cpu') else 'tensors held at the worst moment of a step, from the profiler'
     if out:
-        from hjepa.evaluate.card import write
         write(out, json.dumps(res, indent=1) + '\n')
     return res
 

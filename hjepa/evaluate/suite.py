@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
 from ..config import HJEPAError, Views, nearest
-from ..files import write
+from ..files import commit, write
 from ..data.loader import mixed_seed
 from ..data.views import draw_views, make_views
 from .features import cells, encode, modes, images_digest, weights_digest
@@ -21,7 +21,7 @@ from .probes import attentive_probe, choose_level, few_shot, linear_probe, sgd_p
 from .quality import alignment, lidar, uniformity
 from .finetune import worth
 from .robustness import robustness
-from .card import _plain, arms, commit, html, markdown, pts, read_card, report, table
+from .card import _plain, arms, html, markdown, pts, read_card, report, table
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00006
 @dataclass
@@ -128,10 +128,10 @@ def evaluate(
 ) -> dict: # what report.json holds: the card's keys, and 'suite' and 'parts'
     "The card, then the parts of a suite."
     if suite not in SUITES: raise HJEPAError(f"Unknown suite '{suite}'." + nearest(suite, SUITES))
-    some, out = train.subset(stratified_subset(train.labels, labelled, seed)), Path(out)
+    some, test, out = train.subset(stratified_subset(train.labels, labelled, seed)).clean(progress), test.clean(progress), Path(out)
     said = [weights_digest(model), weights_digest(twin), images_digest(some), images_digest(test), seed, kw.get('run'), *commit()]
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
-    r = _old_card(out, key) or report(model, recipe, train, test, out, labelled=labelled, seed=seed, twin=twin, cache=out/'features', progress=progress, key=key, **kw)
+    r = _old_card(out, key) or report(model, recipe, train, test, out, some=some, seed=seed, twin=twin, cache=out/'features', progress=progress, key=key, **kw)
     level = lambda a: max(r['scores']['linear'][a].items(), key=lambda kv: -kv[1]['loss'])[0]
     job = Job(model, twin, some, test, r['headline']['linear']['level'], level('untrained'), seed, out/'features')
     parts = {n: run_part(n, job, key, out) for n in tqdm(SUITES[suite], desc=f'{suite} suite', disable=not progress or not SUITES[suite])}
