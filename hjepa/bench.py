@@ -461,7 +461,7 @@ def bench_data(
     with tempfile.TemporaryDirectory() if name == 'photos' else nullcontext() as d:
         x = load(f'folder:{photos(d, n or 256)}' if d else name, 'train', image=image, n=None if d else n).images
         lazy, side_ = not isinstance(x, torch.Tensor) and not getattr(x, 'resident', False), x.shape[-1] if isinstance(x, torch.Tensor) else x.image
-        r = bench_recipe(encoder, side_, patch or (16 if side_ >= 64 else 4), batch or (32 if lazy else 256))
+        r = bench_recipe(encoder, side_, patch or (16 if side_ >= 64 else 4), batch or ((8 if lazy else 64) if device == 'cpu' else (32 if lazy else 256)))
         r = recipe(r, **{'views.count': 2, 'data.name': name} | (change or {}))
         sides, best = sides_of(x, r, lazy, workers, device, steps, rounds)
         kind, w = ('workers', max(workers)) if lazy else ('device', 0)
