@@ -297,7 +297,8 @@ def in_notebook() -> bool:
 def show(self:Trainer, bar, row):
     "Progress bar, and the live figure of a notebook."
     levels = ' '.join(f'{row[k]:.2f}' for k in row if k.startswith('level_'))
-    bar.set_postfix(dict(**({'levels': levels} if levels else {}), **({'whole': f"{row['whole']:.3f}"} if 'whole' in row else {}), **getattr(self, 'last_look', {}), img_s=f"{row['images_per_second']:.0f}"))
+    mix = {k: f'{v:.0%}' for k, v in self.loader.shares().items()} if hasattr(self.loader.images, 'part_of') else {}
+    bar.set_postfix(dict(**({'levels': levels} if levels else {}), **({'whole': f"{row['whole']:.3f}"} if 'whole' in row else {}), **getattr(self, 'last_look', {}), **mix, img_s=f"{row['images_per_second']:.0f}"))
     if self.live and self.main and (time.time() - getattr(self, 'drawn', 0) > 2 or self.step == self.steps - 1):
         from IPython.display import display
         import matplotlib.pyplot as plt

@@ -224,7 +224,8 @@ def test_pictures_train_as_bytes_do(tmp_path, kw):
 def test_shares_of_a_mixture_are_facts(tmp_path, capsys):
     part = lambda name, n: ImageSet(name, 'train', images(n), torch.zeros(n, dtype=torch.long), ('x',), 'here')
     run = fit(tiny(train__steps=4), data=Mix([part('a', 24), part('b', 8)], [1, 3]), out=tmp_path) # one epoch
-    assert run.facts['shares'] == {'a': .25, 'b': .75} and 'drawn from: a 25.0%, b 75.0%' in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert run.facts['shares'] == {'a': .25, 'b': .75} and 'drawn from: a 25.0%, b 75.0%' in said.out and 'a=25%, b=75%' in said.err    # at the end, and while it trains
 
 def test_workers_change_nothing(tmp_path):
     oblong = Pictures([torch.randint(256, (3, 40 + i, 70 - i), dtype=torch.uint8, generator=gen(i)) for i in range(16)])
