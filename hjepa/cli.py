@@ -156,7 +156,9 @@ def data(args):
 
 def bench(args):
     "Time a training step."
-    r = recipe(args.recipe) if args.recipe else bench_recipe(args.encoder, args.image, args.patch, args.batch, args.predictor, match=args.match)
+    given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor', 'match') if (v := getattr(args, k)) is not None}
+    if args.recipe and given: raise HJEPAError(f"--{next(iter(given))} describes a recipe and --recipe names one: give one of them, or change the named one with key=value.")
+    r = recipe(args.recipe) if args.recipe else bench_recipe(**given)
     out = bench_step(recipe(r, **overrides(args.change)), device=args.device, peer=args.peer, precision=args.precision, compile=args.compile)
     print(json.dumps(out, indent=1)); say_json(args, out)
 
@@ -218,9 +220,9 @@ def add_bench(add):
     change, encoders = dict(nargs='*', metavar='key=value', default=[], help='changes of the recipe'), ['vit_tiny', 'vit_small', 'vit_base']
     q = kind(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
     q.add_argument('change', **change); q.add_argument('--recipe', help='bench a recipe instead of the encoder options')
-    q.add_argument('--encoder', default='vit_tiny', choices=encoders)
-    for k, v in dict(image=224, patch=16, batch=16).items(): q.add_argument(f'--{k}', type=int, default=v)
-    q.add_argument('--predictor', default='192x6', help='WIDTHxDEPTH'); q.add_argument('--match', action='store_true', help="the peer's own numbers of context and target tokens")
+    q.add_argument('--encoder', choices=encoders, help='default: vit_tiny')
+    for k, v in dict(image=224, patch=16, batch=16).items(): q.add_argument(f'--{k}', type=int, help=f'default: {v}')
+    q.add_argument('--predictor', help='WIDTHxDEPTH, default: 192x6'); q.add_argument('--match', action='store_true', default=None, help="the peer's own numbers of context and target tokens")
     q.add_argument('--compile', action='store_true')
     q.add_argument('--peer', type=lambda s: s.removeprefix('ijepa='), metavar='ijepa=PATH', help='a checkout of facebookresearch/ijepa to run in turn')
     q = kind(time_data, 'data', "images a second by back end and workers, beside torchvision alone, and the data's share of a step", 'hjepa bench data cifar10 --workers 0 1 2 --json out.json')

@@ -171,6 +171,8 @@ def test_bench(folder, capsys):
     ours = json.loads((folder/'b.json').read_text())['ours']
     assert status == 0 and ours['images_per_second'] > 0 and ours['flops_per_image'] > 0 and 'peak_bytes' in ours and {'context', 'target', 'predictor'} <= ours['tokens'].keys()
 
+def test_bench_takes_a_recipe_or_its_description(capsys): refused(capsys, ['bench', 'step', '--recipe', 'cifar10-cpu', '--image', '64'], '--image', 'key=value')
+
 def test_train_evaluate_and_report(folder, capsys):
     run = folder/'run'
     status, out, _ = main(capsys, 'train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--out', run, '--no-umap', '--json', folder/'t.json')
