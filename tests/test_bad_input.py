@@ -1,6 +1,7 @@
 "Everything a user may hand over that is not what it should be: converted, or refused in one sentence, and nothing half-written left."
 import errno, gzip, hashlib, http.server, io, json, os, re, shutil, struct, subprocess, sys, tarfile, threading, warnings, zlib
 from functools import partial
+from importlib.util import find_spec
 import numpy as np, pytest, torch
 from PIL import Image
 from hjepa import files, sources
@@ -260,7 +261,7 @@ def test_remote_shards_are_read_in_order_only(home):
 # ---- names and mixtures
 
 NAMES = {'CIFAR-10': "mean 'cifar10'", 'Fashion-MNIST': "mean 'fashion_mnist'", 'torchvision:flowers-102': "mean 'Flowers102'", 'torchvision:xyzxyz': 'on the page torchvision.datasets', 'cifar-10': 'cifar10', 'Cifar10': 'cifar10', 'stl': 'stl10', 'imagenet-100': 'imagenet100', 'scene': 'scenes', '': 'Choose from', 'folder:': 'folder:PATH', 'torchvision:CIFAR': 'CIFAR10',
-         'torchvision:VisionDataset': 'put its files there', 'torchvision:Flowers102': '`hjepa data fetch torchvision:Flowers102`', 'torchvision:CIFAR100': '`hjepa data fetch torchvision:CIFAR100`', 'hf:no/such-set': 'no connection to huggingface.co',
+         'torchvision:VisionDataset': 'put its files there', 'torchvision:Flowers102': '`hjepa data fetch torchvision:Flowers102`', 'torchvision:CIFAR100': '`hjepa data fetch torchvision:CIFAR100`', 'hf:no/such-set': 'no connection to huggingface.co' if find_spec('datasets') else 'pip install datasets',
          'stl10': 'stl10_binary', 'cifar100': 'cifar-100-python', 'imagenette': 'imagenette2-320', 'places365': 'data_256_standard', 'imagenet': 'image-net.org', 'coco': 'train2017', 'imagenet100': 'imagenet100.txt of the repository HobbitLong/CMC', 'imagenet100:/no/list': '/no/list'}
 
 @pytest.mark.parametrize('name', NAMES)
