@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['acc', 'PARTS', 'SUITES', 'Job', 'part_few_shot', 'part_probes', 'part_views', 'part_robustness', 'part_finetune',
-           'run_part', 'evaluate']
+           'run_part', 'evaluate', 'in_words']
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00003
 import hashlib, json, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
+import matplotlib.pyplot as plt
 from tqdm.auto import tqdm
 from ..config import HJEPAError, Views, nearest
 from ..files import commit, write
@@ -20,8 +21,9 @@ from .features import cells, encode, modes, images_digest, weights_digest
 from .probes import attentive_probe, choose_level, few_shot, linear_probe, sgd_probe, stratified_subset
 from .quality import alignment, lidar, uniformity
 from .finetune import worth
-from .robustness import robustness
-from .card import _plain, arms, html, markdown, pts, read_card, report, table
+from .robustness import plot_severity, robustness
+from ..style import arm_colors, save, style
+from .card import _plain, arms, html, markdown, picture, pts, read_card, report, table
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00006
 @dataclass
@@ -35,6 +37,10 @@ class Job:
     twin_level:str         # the untrained twin's
     seed:int
     cache:object           # folder of features
+    def labels(self) -> tuple: # (N,), (M,) of the training and test images
+        for s in (self.train, self.test):
+            if (s.labels < 0).any(): raise HJEPAError(f'{s.name}/{s.split} has images without labels: this part needs them.')
+        return self.train.labels, self.test.labels
     def features(self) -> dict: # {arm: {level: (train features, test features)}}
         if not hasattr(self, '_features'): self._features = arms(self.model, self.twin, self.train, self.test, cache=self.cache)
         return self._features
@@ -47,15 +53,21 @@ acc = lambda s: f"{100*s['acc']:.1f} [{100*s['lo']:.1f}, {100*s['hi']:.1f}]"
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00008
 def part_few_shot(job:Job) -> dict:
     "1, 5 and 10 labelled images a class."
-    y, yt = job.train.labels, job.test.labels
+    y, yt = job.labels()
     most = int(y.bincount().min())
     data = {a: {str(k): few_shot(x, y, xt, yt, shots=k) for k in (1, 5, 10) if k <= most} for a, (x, xt) in job.best().items()}
-    return dict(title='Few labels', text='Accuracy in %, logistic regression from so many labelled images a class, mean over ten draws with its 95 % t-interval over draws.',
+    fig, ax = plt.subplots(figsize=(4, 2.6))
+    for a, d in data.items():
+        y = 100*np.array([[s[k] for k in ('acc', 'lo', 'hi')] for s in d.values()])
+        ax.errorbar([int(k) for k in d], y[:, 0], [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], marker='o', ms=4, capsize=2, color=arm_colors[a], label=a)
+    ax.set(xlabel='labelled images a class', ylabel='test accuracy, %', xscale='log', xticks=(ks := [int(k) for k in d]), xticklabels=ks); ax.minorticks_off(); ax.legend(fontsize=8)
+    return dict(figures=dict(shots=(fig, 'Logistic regression from few labels: mean over ten draws, with its 95 % interval.')),
+                title='Few labels', text='Accuracy in %, logistic regression from so many labelled images a class, mean over ten draws with its 95 % t-interval over draws.',
                 head=['features', *(f'{k}-shot' for k in data['pixels'])], rows=[[a, *map(acc, d.values())] for a, d in data.items()], data=data)
 
 def part_probes(job:Job, most:int=2**27) -> dict: # most: numbers held for tokens; fewer images are used beyond
     "SGD probes on means, and the attentive probe on the finest tokens."
-    y, yt, s = job.train.labels, job.test.labels, job.seed
+    (y, yt), s = job.labels(), job.seed
     data = {a: {'SGD (DINOv2)': sgd_probe(x, y, xt, yt, seed=s).json(), 'SGD with batch norm (MAE)': sgd_probe(x, y, xt, yt, norm=True, seed=s).json()} for a, (x, xt) in job.best().items()}
     for a, m in (('hjepa', job.model), ('untrained', job.twin)):
         def tokens(s, n): some = s.subset(stratified_subset(s.labels, n, 0)); return encode(m, some, fn=lambda z: z), some.labels
@@ -85,15 +97,18 @@ def part_views(job:Job, images=500, views=8) -> dict:
 # %% ../../nbs/evaluate/59_suite.ipynb #59b00002
 def part_robustness(job:Job, n=500, severities=(1, 3, 5)) -> dict:
     "Clean-trained probes on corrupted images."
+    job.labels()
     r = robustness(job.model, job.twin, job.train, job.test, n=n, severities=severities, seed=job.seed, cache=job.cache)
     best = {a: (l, r['arms'][a][l]) for a, l in r['level'].items()}
     rows = [[a, l, acc(s['clean']), acc(s['corrupted']), pts(s['lost']), '–' if s['mce'] is None else f"{s['mce']:.0f}"] for a, (l, s) in best.items()]
     made = 'all generated here' if set(r['source'].values()) == {'generated'} else 'sources in report.json'
-    return dict(title='Corrupted images', text=f"{r['protocol'].capitalize()}; {r['images']:,} test images, severities {', '.join(map(str, severities))}, {r['table']} parameters, {made}. "
+    return dict(figures=dict(severity=(plot_severity(r), 'Accuracy against the severity of corruptions, by family, at each arm\'s chosen level; 0 is the clean image. Probes trained on clean images only.')),
+                title='Corrupted images', text=f"{r['protocol'].capitalize()}; {r['images']:,} test images, severities {', '.join(map(str, severities))}, {r['table']} parameters, {made}. "
                 f"Accuracy in %; mCE relative to: {r['reference']}.", head=['features', 'level', 'clean', 'corrupted', 'lost', 'mCE'], rows=rows, data=r)
 
 def part_finetune(job:Job) -> dict:
     "The whole network trained with the labels, beside the untrained twin."
+    job.labels()
     w = worth(job.model, job.twin, job.train, job.test, seed=job.seed, progress=False)
     return dict(title='Fine-tuned', text='Accuracy in %, all layers trained with the labelled images, quick recipe; the control is the untrained twin trained by the same recipe.',
                 head=['start', 'accuracy'], rows=[['pre-trained', acc(w['tuned'])], ['untrained', acc(w['scratch'])], ['difference', pts(w['worth'])]], data=w)
@@ -107,12 +122,16 @@ def run_part(name:str, job:Job, key:str, out) -> dict:
     "A part, from its file if the same was asked before."
     f = Path(out)/'parts'/f'{name}.json'
     try:
-        if (old := json.loads(f.read_text()))['key'] == key: return old['part']
+        old = json.loads(f.read_text())
+        if old['key'] == key and all((Path(out)/'figures'/p).exists() for p in old['part']['figures']): return old['part']
     except (OSError, ValueError, KeyError): pass
     t = time.perf_counter()
-    try: part = PARTS[name](job)
+    try:
+        with style():
+            part = PARTS[name](job)
+            drawn = {save(f, Path(out)/'figures'/f'{name}-{k}.png').name: caption for k, (f, caption) in part.pop('figures', {}).items()}
     except HJEPAError as e: return dict(title=name.replace('_', ' ').capitalize(), text=f'Missing: {e}', head=[], rows=[], data=None)    # the rest goes on; nothing is kept
-    part = _plain(part | dict(seconds=time.perf_counter() - t))
+    part = _plain(part | dict(figures=drawn, seconds=time.perf_counter() - t))
     write(f, json.dumps(dict(key=key, part=part), indent=1))
     return part
 
@@ -132,13 +151,17 @@ def evaluate(
     said = [weights_digest(model), weights_digest(twin), images_digest(some), images_digest(test), seed, kw.get('run'), *commit()]
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     r = _old_card(out, key) or report(model, recipe, train, test, out, some=some, seed=seed, twin=twin, cache=out/'features', progress=progress, key=key, **kw)
-    level = lambda a: max(r['scores']['linear'][a].items(), key=lambda kv: -kv[1]['loss'])[0]
-    job = Job(model, twin, some, test, r['headline']['linear']['level'], level('untrained'), seed, out/'features')
+    job = Job(model, twin, some, test, r['levels']['hjepa'], r['levels']['untrained'], seed, out/'features')
     parts = {n: run_part(n, job, key, out) for n in tqdm(SUITES[suite], desc=f'{suite} suite', disable=not progress or not SUITES[suite])}
     r |= dict(suite=suite, parts=parts)
-    text = markdown(r) + ''.join(f"\n## {p['title']}\n\n{p['text']}\n\n{table(p['rows'], p['head']) if p['rows'] else ''}\n" for p in parts.values())
+    text = markdown(r) + ''.join(map(in_words, parts.values()))
     write(out/'report.json', json.dumps(r, indent=1, allow_nan=False)); write(out/'report.md', text); write(out/'report.html', html(text, out))
     return r
+
+def in_words(p:dict) -> str: # a part
+    "A part as Markdown."
+    say = [f"## {p['title']}", p['text'], *([table(p['rows'], p['head'])] if p['rows'] else []), *(picture(f, c) for f, c in p.get('figures', {}).items())]
+    return '\n' + '\n\n'.join(say) + '\n'
 
 def _old_card(out, key): # the card in this folder, if it answers the same question
     try: r = read_card(out)[0]
