@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 import matplotlib.pyplot as plt
+from fastcore.basics import patch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from ..config import HJEPAError, Views, nearest
 from ..files import commit, write
@@ -48,6 +51,19 @@ class Job:
         f = self.features()
         return dict(hjepa=f['hjepa'][self.level], untrained=f['untrained'][self.twin_level], pixels=f['pixels']['pixels'])
 
+@patch
+def afford(self:Job,
+    most:int,            # images a part would like to use
+    passes:int,          # how often a network looks at each, over both networks
+    budget:float=1.2e13, # FLOPs for the part: some two minutes on two cores
+    least:int=50,
+) -> int: # images
+    "Fewer images for larger networks, by their FLOPs and not by a clock, so that a card stays the same."
+    if not hasattr(self, '_cost'):
+        with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): self.model.levels(self.train.images[0][None])
+        self._cost = max(1, c.get_total_flops())
+    return min(most, max(least, int(budget / passes / self._cost)))
+
 acc = lambda s: f"{100*s['acc']:.1f} [{100*s['lo']:.1f}, {100*s['hi']:.1f}]"
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00008
@@ -72,7 +88,7 @@ def part_probes(job:Job, most:int=2**27) -> dict: # most: numbers held for token
     for a, m in (('hjepa', job.model), ('untrained', job.twin)):
         def tokens(s, n): some = s.subset(stratified_subset(s.labels, n, 0)); return encode(m, some, fn=lambda z: z), some.labels
         size = m.grids[0][0] * m.grids[0][1] * job.features()[a]['0'][0].shape[1]
-        (t, ty), (v, vy) = (tokens(q, max(100, most // size)) for q in (job.train, job.test))
+        (t, ty), (v, vy) = (tokens(q, job.afford(max(100, most // size), 4)) for q in (job.train, job.test))
         data[a] |= {'attentive (V-JEPA), level 0': attentive_probe(t[0], ty, v[0], vy, seed=s).json()}
     names = list(data['hjepa'])
     return dict(title='Other probes', text='Accuracy in %, with 95 % bootstrap intervals over test images. Compare a probe with itself on other features, not one probe with another.',
@@ -82,7 +98,7 @@ def part_probes(job:Job, most:int=2**27) -> dict: # most: numbers held for token
 def part_views(job:Job, images=500, views=8) -> dict:
     "LiDAR, alignment and uniformity, from augmented views of labelled images."
     r = job.model.recipe                                             # a dict for foreign encoders, which size images themselves
-    few = job.train.subset(stratified_subset(job.train.labels, images, job.seed))
+    few = job.train.subset(stratified_subset(job.train.labels, job.afford(images, 2*views), job.seed))
     x = torch.stack([few.images[i] for i in range(len(few))])
     v = getattr(r, 'views', Views()).model_copy(update=dict(count=views, local=0))
     vs = make_views(x, draw_views(len(x), v, torch.Generator().manual_seed(mixed_seed(job.seed, 5))), x.shape[-1], (0., 0., 0.), (1., 1., 1.))
@@ -98,6 +114,7 @@ def part_views(job:Job, images=500, views=8) -> dict:
 def part_robustness(job:Job, n=500, severities=(1, 3, 5)) -> dict:
     "Clean-trained probes on corrupted images."
     job.labels()
+    if n: n = job.afford(n, 2*19*len(severities), 2.4e13)
     r = robustness(job.model, job.twin, job.train, job.test, n=n, severities=severities, seed=job.seed, cache=job.cache)
     best = {a: (l, r['arms'][a][l]) for a, l in r['level'].items()}
     rows = [[a, l, acc(s['clean']), acc(s['corrupted']), pts(s['lost']), '–' if s['mce'] is None else f"{s['mce']:.0f}"] for a, (l, s) in best.items()]
