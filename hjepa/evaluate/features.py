@@ -52,7 +52,8 @@ def run(
 ) -> dict: # name -> list of what `new` made, N rows each, filled
     "The frozen model over all images, once for everything that is wanted."
     dev = next((p.device for p in model.parameters()), 'cpu') if hasattr(model, 'parameters') else 'cpu'
-    was, out, n = getattr(model, 'training', False), {}, len(getattr(images, 'images', images))
+    was = [m for m in model.modules() if m.training] if hasattr(model, 'modules') else []
+    out, n = {}, len(getattr(images, 'images', images))
     what = tuple(dict.fromkeys(w for w, _ in want.values()))
     if was: model.eval()
     try:
@@ -63,7 +64,7 @@ def run(
                 if name not in out: out[name] = [new(name, l, len(zs), (n, *z.shape[1:])) for l, z in enumerate(zs)]
                 for l, (o, z) in enumerate(zip(out[name], zs)): o[i:i+len(z)] = finite(z, w, l)
     finally:
-        if was: model.train()
+        for m in was: m.training = True       # part by part: frozen batch norms stay frozen
     return out
 
 # %% ../../nbs/evaluate/50_features.ipynb #50b10003
