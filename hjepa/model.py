@@ -98,6 +98,26 @@ def levels(self:HJEPA, x:Tensor, pooled=False) -> list: # (B,3,H,W) uint8 or flo
     dev = self.encoder.norm.weight.device
     return [t.float() for t in self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled)]
 
+# %% ../nbs/40_model.ipynb #57b10002
+@patch
+@torch.no_grad()
+def read(self:HJEPA,
+    x:Tensor, # (B,3,H,W) uint8 or float in [0,1]
+    what=('levels', 'pooled_l0', 'blocks'), # what is wanted
+) -> dict: # name -> list of (B,N_l,D) float32, one a level or block
+    "Levels, their control and all blocks, from one pass of the target encoder."
+    d, dev = self.recipe.data, self.encoder.norm.weight.device
+    of = dict(levels=self.depths, pooled_l0=self.depths[:1] * len(self.pyramid), blocks=range(1, self.target.depth + 1))
+    order = sorted({k for w in what for k in of[w]})
+    hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
+    grid = lambda w, t, l: t if w == 'blocks' else self.pyramid.pool(t, l)
+    return {w: [F.layer_norm(t := grid(w, hidden[k].float(), l), t.shape[-1:]) for l, k in enumerate(of[w])] for w in what}
+
+@patch
+def blocks(self:HJEPA, x:Tensor) -> list: # (B,3,H,W) uint8 or float in [0,1] -> a (B,N_0,D) float32 a block
+    "The whole patch grid after every block of the target encoder, normalised over channels."
+    return self.read(x, ('blocks',))['blocks']
+
 # %% ../nbs/40_model.ipynb #4a3465b4
 @patch
 def forward(self:HJEPA,
