@@ -20,7 +20,7 @@ from ..files import commit, write
 from ..style import style, save, hide_axes, level_colors, arm_colors
 from ..data.views import draw_views, make_views
 from ..model import untrained
-from .features import level_features, cells, pixels
+from .features import features, cells, pixels
 from .probes import linear_probe, knn_probe, choose_level, paired, standardise, stratified_subset
 from .quality import quality, spectrum
 
@@ -31,10 +31,11 @@ def arms(
     batch=500, cache=None, # see level_features()
 ) -> dict: # {arm: {level: (train features, test features)}}
     "Frozen features of the model and its controls."
-    def both(m, pooled=False):
-        pair = [level_features(m, s, pooled, batch=batch, cache=cache) for s in (train, test)]
-        return {str(l): p for l, p in enumerate(zip(*pair))}
-    return dict(hjepa=both(model), untrained=both(twin), pixels={'pixels': (pixels(train), pixels(test))}, pooled_l0=both(model, True))
+    def both(m, *what): # one pass over each set
+        pair = [features(m, s, {w: ['mean'] for w in what}, batch, cache) for s in (train, test)]
+        return [{str(l): p for l, p in enumerate(zip(*(f[w]['mean'] for f in pair)))} for w in what]
+    (mine, pooled), (its,) = both(model, 'levels', 'pooled_l0'), both(twin, 'levels')
+    return dict(hjepa=mine, untrained=its, pixels={'pixels': (pixels(train), pixels(test))}, pooled_l0=pooled)
 
 def judge(
     arms:dict,          # of arms()
