@@ -19,7 +19,7 @@ from hjepa.evaluate import transfer as tr
 from hjepa.evaluate.probes import standardise, stratified_subset
 from hjepa.evaluate.transfer import VTAB, plot_transfer, transfer, vtab_sets, vtab_table
 from hjepa.foreign import foreign
-from hjepa.model import build, untrained
+from hjepa.model import build
 from tiny import tiny
 
 # ---- drawn tasks
@@ -185,6 +185,18 @@ def test_the_test_split_is_read_once():
     transfer(Oracle(), Oracle(noise), dict(t=(train, counted)))
     assert (counted.images.n == 3).all()                                     # once for model, twin and pixels, whatever there was to choose; pooled level 0 is here the model's own choice
 
+def test_a_grid_that_is_too_wide_is_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(tr, 'WIDE', 15)                                      # 4 cells of 4 numbers are 16
+    got = tr.linear(Oracle(), Oracle(noise), marked(60, 0), marked(40, 1))
+    assert [got[a][1]['no_grid'] for a in got] == [[0], [0], [], [0]] and got['hjepa'][1]['mode'] == 'mean' and got['hjepa'][0].acc == 1
+    monkeypatch.setattr(tr, 'WIDE', 16); assert tr.linear(Oracle(), Oracle(), marked(60, 0), marked(40, 1))['hjepa'][1]['no_grid'] == []
+
+def test_tuned_on_images_in_files(tmp_path):
+    for k in range(10):
+        for i in range(10): jpg(tmp_path/f'eurosat/2750/class{k}/{i}.jpg', 9*k + i, 32)
+    r = transfer(build(tiny(seed=1)), build(tiny()), ['eurosat'], protocol='finetune', steps=3, root=tmp_path)['tasks']['eurosat']
+    assert (r['train'], r['test'], r['status'], r['group']) == (80, 20, 'real', 'specialised') and r['split'].startswith('a fifth') and set(r['over']) == {'untrained'}
+
 def test_refit_is_scikit_learn():
     g = torch.Generator().manual_seed(1); y = torch.randint(0, 5, (500,), generator=g); x = torch.nn.functional.one_hot(y, 20) + torch.randn(500, 20, generator=g)
     val = stratified_subset(y[:300], 60, 0); fit = torch.ones(300, dtype=torch.bool); fit[val] = False
@@ -213,9 +225,9 @@ def test_one_bad_task_does_not_stop_the_others():
     def f(x):
         z = noise(x); return z.masked_fill((x == 255).all((1, 2, 3))[:, None], float('nan')).masked_fill((x == 7).all((1, 2, 3))[:, None], 3.)
     sets = dict(good=(train, test), nan=(broken, test), flat=(flat, test), one_class=(replace(train, labels=0*train.labels), test), unlabelled=(train, replace(test, labels=test.labels - 1)),
-                few=(train.subset(slice(3)), test), empty=(train, test.subset(slice(0))))
+                few=(train.subset(slice(3)), test), beyond=(train, replace(test, labels=test.labels + 1)), empty=(train, test.subset(slice(0))))
     r = transfer(Oracle(f), Oracle(noise), sets)['tasks']
-    for name, word in dict(nan='NaN', flat='same features', one_class='one class', unlabelled='without labels', few='raise n_train', empty='no test images').items():
+    for name, word in dict(nan='NaN', flat='same features', one_class='one class', unlabelled='without labels', few='raise n_train', beyond='labels beyond', empty='no test images').items():
         assert word in r[name]['missing'] and 'arms' not in r[name], name
     assert 'missing' not in r['good']
     assert plot_transfer(dict(tasks={k: v for k, v in r.items() if k != 'good'}, groups={})) is None

@@ -143,6 +143,11 @@ BOXES = np.array([                                           # x y z, then half 
     [[-.45,0,-.1,.25,.3,.7], [.2,0,-.65,.7,.3,.2], [.2,0,.45,.5,.3,.15]],           # crane
     [[0,-.5,-.2,.9,.2,.45], [-.65,.2,-.2,.25,.55,.45], [.65,-.5,.35,.2,.2,.2]]])    # corner
 
+def _axes(azimuth, elevation): # (n,) turns each -> right, up, forward of the camera, (n,3) each
+    (ca, sa), (ce, se) = circle(azimuth).T, circle(elevation).T
+    return [np.stack(a, 1).astype(np.float32) for a in ((-sa, ca, 0*ca), (-se*ca, -se*sa, ce), (-ce*ca, -ce*sa, -se))]
+
+# %% ../../nbs/data/17_sprites.ipynb #17000015
 def _cast(box, axes, X, Y): # (m,3,6), right, up and forward (m,3) each, rays at (m,1,w), (m,h,1) -> face that is seen (m,h,w): 0 1 2 for x y z, -1 none
     col = lambda a: a[:,None,None]
     right, up, to = axes
@@ -158,11 +163,7 @@ def _cast(box, axes, X, Y): # (m,3,6), right, up and forward (m,3) each, rays at
         face, best = np.where(hit, ax, face), np.where(hit, enter, best)
     return face
 
-def _axes(azimuth, elevation): # (n,) turns each -> right, up, forward of the camera, (n,3) each
-    (ca, sa), (ce, se) = circle(azimuth).T, circle(elevation).T
-    return [np.stack(a, 1).astype(np.float32) for a in ((-sa, ca, 0*ca), (-se*ca, -se*sa, ce), (-ce*ca, -ce*sa, -se))]
-
-# %% ../../nbs/data/17_sprites.ipynb #17000015
+# %% ../../nbs/data/17_sprites.ipynb #17000016
 def _frame(box, axes, u, size): # where the rays of a picture start, in units of the solid: X (m,1,w), Y (m,h,1); two a pixel's side below 65 pixels
     k = np.arange(48); g = ((k+.5)/15-1.6).astype(np.float32)
     hit = _cast(box, axes, np.broadcast_to(g[None,None,:], (len(u),1,48)), np.broadcast_to(g[None,:,None], (len(u),48,1)))>=0
@@ -184,7 +185,7 @@ def _solid(u, size, back): # (n,8): azimuth in turns, elevation as a share of 8Â
     cov, ink = pool(hit), .35*(RGB[np.floor(u[:,7]*8).astype(np.int64)]-.5).astype(np.float32)
     return np.stack([back*(1-cov) + pool(val) + cov*c[:,None,None] for c in ink.T], 1), cov
 
-# %% ../../nbs/data/17_sprites.ipynb #17000017
+# %% ../../nbs/data/17_sprites.ipynb #17000018
 _TABLE = dict(x=(_x, 6), orient=(_orient, 6), count=(_count, 78), distance=(_distance, 32),
     azimuth=(lambda *a: (*_solid(*a), 18*a[0][:,0]), 8), elevation=(lambda *a: (*_solid(*a), 9*a[0][:,1]), 8))
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from ..config import HJEPAError, Views, nearest
 from ..files import DataError, data_root
-from ..style import arm_colors, style
+from ..style import arm_colors
 from ..images import Folder, tree
 from ..data.sets import ImageSet, held_out, load
 from ..data.sprites import PROXY, SPRITES, sprite_sets
 from .features import encode, modes, pixels
-from .probes import C_grid, Score, classify, fit_logistic, logits, paired, principal, score, standardise, stratified_subset
+from .probes import C_grid, classify, fit_logistic, logits, paired, principal, score, standardise, stratified_subset
 from .finetune import Tune, answer, tune
 
 # %% ../../nbs/evaluate/55_transfer.ipynb #55000005
@@ -113,6 +113,7 @@ def _open_clevr(name, cls, at, size):
         out.append(_made(name, split, files, [y[f.name] for f in files], names, size))
     return out
 
+# %% ../../nbs/evaluate/55_transfer.ipynb #5500000d
 def _open_here(name, at, size): # train and test ImageSets of a task that load() cannot split as VTAB does
     import torchvision.datasets as tvd
     cls = getattr(tvd, VTAB[name].tv)
@@ -126,7 +127,7 @@ def _open_here(name, at, size): # train and test ImageSets of a task that load()
     y = np.asarray(y)
     return _cut(name, paths, y, classes, size, _thirty(y) if name == 'caltech101' else held_out(y, .1 if name == 'kitti' else .2))
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #5500000d
+# %% ../../nbs/evaluate/55_transfer.ipynb #5500000e
 def vtab_sets(
     name:str,           # one of VTAB
     size:int,           # pixels a side
@@ -147,7 +148,7 @@ def vtab_sets(
     if n != VTAB[name].classes: raise DataError(f'{name} has {VTAB[name].classes} classes and {row["source"]} has {n}: it is another set, or not the whole.')
     return tuple(replace(p, name=name) for p in pair)
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #55000011
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000012
 WIDE = 2**16   # numbers an image, at most, in a grid laid end to end
 
 def readings(
@@ -158,6 +159,7 @@ def readings(
     zs = encode(model, images, pooled, lambda z: z if z[0].numel() <= WIDE else z.mean(1, keepdim=True))
     return {(str(l), m): modes[m](z) for l, z in enumerate(zs) for m in ('mean', 'grid')[:1 + (z.shape[1] > 1)]}
 
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000013
 @dataclass(frozen=True, eq=False)
 class Choice:
     "A probe's settings, and what they are worth on the 200."
@@ -186,12 +188,14 @@ def refit(x:Tensor, y:Tensor, xt:Tensor, k:int, c:Choice) -> Tensor: # (N,F), (N
     z, zt = standardise(x, xt); lam, v = principal(z)
     return classify(zt @ v, fit_logistic(z @ v, y, k, c.C, lam, c.w)[0])
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #55000014
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000016
 def check_task(train, test):
     "Raise HJEPAError if a probe cannot be fitted or judged on these ImageSets."
     k = len(train.classes)
     if not len(test): raise HJEPAError(f'{test.name} has no test images: bring its test split.')
+    if not len(train): raise HJEPAError(f'{train.name} has no training images: bring its training split.')
     if (train.labels < 0).any() or (test.labels < 0).any(): raise HJEPAError(f'{train.name} has images without labels: leave it out, or bring its labels.')
+    if max(train.labels.max(), test.labels.max()) >= k: raise HJEPAError(f'{train.name} has labels beyond its {k} classes: name all classes, or count labels from 0.')
     if len(train) < max(k, 5): raise HJEPAError(f'{train.name} has {len(train)} training images for {k} classes: raise n_train to {max(k, 5)} or more.')
     if len(train.labels.unique()) < 2: raise HJEPAError(f'All training images of {train.name} are of one class, so there is nothing to tell apart: bring others.')
 
@@ -204,12 +208,12 @@ def _varying(cands, arm, name): # those that differ between images
     if not ok: raise HJEPAError(f'{arm} gives every image of {name} the same features: it has collapsed, so no probe can be fitted.')
     return ok
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #55000015
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000017
 def linear(
     model, twin,       # judged, and its same-seed untrained twin
     train, test,       # ImageSets: the thousand, and the test split
     seed:int=0,        # of the 800 and 200
-) -> dict: # {arm: (Score, {'level', 'mode'})}
+) -> dict: # {arm: (Score, {'level', 'mode', 'no_grid': levels whose grid was too wide})}
     "VTAB-1k-linear of a model and its controls."
     check_task(train, test)
     y, k, val = train.labels, len(train.classes), stratified_subset(train.labels, max(1, len(train)//5), seed)
@@ -217,17 +221,19 @@ def linear(
     arms = dict(hjepa=partial(readings, model), untrained=partial(readings, twin), pixels=lambda i: {('pixels', 'grid'): pixels(i)}, pooled_l0=partial(readings, model, pooled=True))
     out, at, mine = {}, {}, {}                                             # mine: what the model's own choice was made from
     for arm, read in arms.items():
-        cands = _varying(read(train), arm, train.name)
+        cands = read(train); grids = [] if arm == 'pixels' else (twin if arm == 'untrained' else model).grids
+        no_grid = [l for l, (h, w) in enumerate(grids) if h*w > 1 and (str(l), 'grid') not in cands]
+        cands = _varying(cands, arm, train.name)
         same = {c for c in cands if arm == 'pooled_l0' and c in mine and mine[c][0].equal(cands[c])}      # level 0, pooled to its own grid
         found = {c: (x, mine[c][1] if c in same else choose(x, y, k, fit, val)) for c, x in cands.items()}
         if arm == 'hjepa': mine = found
         at[arm] = level, mode = min(found, key=lambda c: found[c][1].loss); x, c = found[level, mode]
         if at[arm] in same and at[arm] == at['hjepa']: out[arm] = out['hjepa']; continue
         xt = pixels(test) if arm == 'pixels' else encode(twin if arm == 'untrained' else model, test, arm == 'pooled_l0', modes[mode])[int(level)]
-        out[arm] = score(refit(x, y, xt, k, c), test.labels, c.val, c.loss, c.C), dict(level=level, mode=mode)
+        out[arm] = score(refit(x, y, xt, k, c), test.labels, c.val, c.loss, c.C), dict(level=level, mode=mode, no_grid=no_grid)
     return out
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #55000017
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000019
 vtab_recipe = Tune(epochs=0, least=1000, batch=64, lrs=(1.6e-2, 1.6e-3), warmup=.08, layer_decay=1., wd=1e-4, drop_path=0., mixup=0., cutmix=0.,
                    smoothing=0., erase=0., views=Views(count=1, scale=(1., 1.), ratio=(1., 1.), flip=0., jitter=0., gray=0.))
 
@@ -250,7 +256,7 @@ def tuned(
         out[arm] = score(answer(tune(m, train.images, y, r, lr, k, seed)[0], test).argmax(1), test.labels, acc, loss), dict(rate=lr)
     return out
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #55000019
+# %% ../../nbs/evaluate/55_transfer.ipynb #5500001b
 def mean_difference(
     pairs:list, # of (a, b): (N,) right or wrong of two probes on the same images, N of its own in each task
     n:int=2000, seed:int=0, level:float=.95,
@@ -272,7 +278,7 @@ def group_mean(
     return dict(arms={a: dict(acc=m['diff'], lo=m['lo'], hi=m['hi']) for a, m in arms.items()},
                 over={a: mean_difference([(c[first], c[a]) for c in correct]) for a in correct[0] if a != first})
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #5500001c
+# %% ../../nbs/evaluate/55_transfer.ipynb #5500001e
 def image_size(model) -> int: # pixels a side
     "The size that a model sees."
     size = getattr(model, 'size', None) or getattr(getattr(getattr(model, 'recipe', None), 'data', None), 'image', None)
@@ -294,7 +300,7 @@ def about(name, rows, most=None) -> dict: # status, group, proxy_of, split; rows
     row = next(r for r in rows if r['name'] == name); cut = f'at most {most:,} test images' if most else ''
     return dict(status=row['status'], group=row['group'], proxy_of=None, split='; '.join(filter(None, (cut, row['split']))))
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #5500001e
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000020
 def _judged(model, twin, train, test, protocol, seed, r): # one task -> entry, {arm: answers}
     t = time.perf_counter()
     got = linear(model, twin, train, test, seed) if protocol == 'linear' else tuned(model, twin, train, test, seed, r)
@@ -314,7 +320,7 @@ def _grouped(out, right): # {group: its tasks and their means}
     for n in right: by.setdefault(out[n]['group'], []).append(n)
     return {g: dict(tasks=ns) | group_mean([right[n] for n in ns]) for g, ns in by.items()}
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #5500001f
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000021
 def transfer(
     model, twin,             # judged, and its same-seed untrained twin: levels() and grids
     tasks=None,              # names of VTAB or SPRITES, or {name: (train, test)} of ImageSets; None: every real one and all that are drawn
@@ -343,7 +349,7 @@ def transfer(
     return dict(protocol=called, seed=seed, size=size, tasks=out, groups=_grouped(out, right), vtab_mean=group_mean([right[n] for n in real]) if full else None,
         vtab_real=len(real), table=rows, seconds=round(time.perf_counter() - t, 1))
 
-# %% ../../nbs/evaluate/55_transfer.ipynb #55000026
+# %% ../../nbs/evaluate/55_transfer.ipynb #55000028
 def _dots(ax, rows, y, k, n, arm): # rows: {value, lo, hi} in shares; k of n arms
     v, lo, hi = (100*np.array([r[f] for r in rows]) for f in ('v', 'lo', 'hi'))
     ax.errorbar(v, y + .16*(k - (n - 1)/2), xerr=[v - lo, hi - v], fmt='o', ms=4, capsize=2, lw=1.2, color=arm_colors[arm], label=arm)
