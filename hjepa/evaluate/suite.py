@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['acc', 'PARTS', 'SHORT', 'SUITES', 'Job', 'part_few_shot', 'part_probes', 'part_views', 'part_readouts',
-           'part_probing', 'part_robustness', 'part_finetune', 'run_part', 'evaluate', 'in_words']
+           'part_probing', 'part_transfer', 'part_robustness', 'part_finetune', 'run_part', 'evaluate', 'in_words']
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00003
 import hashlib, json, time
@@ -27,6 +27,7 @@ from .finetune import worth
 from .robustness import plot_severity, robustness
 from ..style import arm_colors, save, style
 from .probing import plot_probing, probing
+from .transfer import plot_transfer, transfer
 from .card import _plain, arms, html, markdown, picture, pts, read_card, report, table
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00006
@@ -144,6 +145,22 @@ def part_probing(job:Job) -> dict:
                 'Skill in %, in brackets minus the untrained twin, with its paired 95 % interval.', head=['factor', *(f'{k}, {p}' for k, p in cols)],
                 rows=[[v['title'], *(cell(k, f, p) for k, p in cols)] for f, v in r['factors'].items()], data=r)
 
+# %% ../../nbs/evaluate/59_suite.ipynb #59f00002
+def part_transfer(job:Job, most=2000) -> dict: # most: test images of a task; None: all
+    "A thousand labels a task: six drawn ones, and what there is of VTAB-1k."
+    n = job.afford(36_000, 1, least=2400)//12                         # six tasks, two networks
+    fit, ask = min(1000, n//2), n - min(1000, n//2)
+    r = transfer(job.model, job.twin, n_train=fit, n_test=ask, seed=job.seed, most=most and min(most, ask))
+    own, label = ('hjepa', 'untrained', 'pixels', 'pooled_l0'), lambda k, o: k + (' (proxy)' if o['status'] == 'proxy' else '')
+    line = lambda o: [*(acc(o['arms'][a]) for a in own), pts(o['over']['untrained'])]
+    rows = [[label(k, o), *['–']*5, o['missing']] if 'missing' in o else [label(k, o), f"{100*o['chance']:.1f}", *line(o)] for k, o in r['tasks'].items()]
+    rows += [[f"mean of {len(g['tasks'])} {k}", '–', *line(g)] for k, g in r['groups'].items()]
+    real, fig = sum(t['status'] == 'real' for t in r['table']), plot_transfer(r)
+    return dict(figures={} if fig is None else dict(tasks=(fig, f"{r['protocol']}: accuracy above chance, beside the controls, with 95 % intervals.")),
+                title='Transfer', text=f"{r['protocol']}, {fit:,} labelled images a task, levels and readings chosen on a fifth of them, {ask:,} test images. {real} of the 19 tasks of VTAB-1k are on this machine"
+                f"{'' if r['vtab_mean'] else ', so there is no VTAB mean'}; proxies are drawn. Test accuracy in %, with 95 % intervals over test images.",
+                head=['task', 'chance', *own, 'minus untrained'], rows=rows, data=r)
+
 # %% ../../nbs/evaluate/59_suite.ipynb #59b00002
 def part_robustness(job:Job, n=500, severities=(1, 3, 5)) -> dict:
     "Clean-trained probes on corrupted images."
@@ -165,9 +182,9 @@ def part_finetune(job:Job) -> dict:
                 head=['start', 'accuracy'], rows=[['pre-trained', acc(w['tuned'])], ['untrained', acc(w['scratch'])], ['difference', pts(w['worth'])]], data=w)
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a0000b
-PARTS = dict(few_shot=part_few_shot, probes=part_probes, views=part_views, readouts=part_readouts, probing=part_probing, robustness=part_robustness, finetune=part_finetune,
+PARTS = dict(few_shot=part_few_shot, probes=part_probes, views=part_views, readouts=part_readouts, probing=part_probing, transfer=part_transfer, robustness=part_robustness, finetune=part_finetune,
              robustness_full=lambda job: part_robustness(job, None, (1, 2, 3, 4, 5)))
-SHORT = ('few_shot', 'probes', 'readouts', 'views', 'probing')
+SHORT = ('few_shot', 'probes', 'readouts', 'views', 'probing', 'transfer')
 SUITES = dict(quick=(), standard=(*SHORT, 'robustness'), full=(*SHORT, 'robustness_full', 'finetune'))
 
 def run_part(name:str, job:Job, key:str, out) -> dict:
