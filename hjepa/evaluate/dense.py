@@ -76,13 +76,14 @@ class DenseSet:
 # %% ../../nbs/evaluate/56_dense.ipynb #56000007
 def dense_scenes(
     n:int, size:int=64, seed:int=0, start:int=0, # as in hjepa.data.truth
-) -> DenseSet: # 10 classes, 8 kinds of object
+    kinds:bool=True,                             # tell the eight shapes apart; False: they are all 'object'
+) -> DenseSet: # sky, ground, and the kinds of object
     "Procedural scenes with exact masks."
-    t = truth(n, size, seed, start)
+    t, names = truth(n, size, seed, start), SHAPES if kinds else ('object',)
     def objects(i):
         k = (t.boxes[i, :, 0] >= 0).nonzero()[:, 0]
-        return dict(boxes=t.boxes[i, k].float(), labels=t.classes[i, k] + 1, masks=t.masks(i)[k].byte(), iscrowd=torch.zeros_like(k))
-    return DenseSet('scenes', t.images, t.semantic, ('sky', 'ground', *SHAPES), Each(objects, range(n)), SHAPES)
+        return dict(boxes=t.boxes[i, k].float(), labels=(t.classes[i, k] + 1).clamp(max=len(names)), masks=t.masks(i)[k].byte(), iscrowd=torch.zeros_like(k))
+    return DenseSet('scenes', t.images, t.semantic.clamp(max=1 + len(names)), ('sky', 'ground', *names), Each(objects, range(n)), names)
 
 # %% ../../nbs/evaluate/56_dense.ipynb #5600000a
 def _there(path, what) -> Path:
@@ -173,7 +174,7 @@ def coco(
     return DenseSet(f'coco/{split}', Folder([p for p, *_ in items], size), Each(lambda i: _painted(_objects(i, size, number), size), items),
                     ('background', *things), Each(lambda i: _objects(i, size, number), items), things)
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000013
+# %% ../../nbs/evaluate/56_dense.ipynb #56000011
 def at_size(
     model,    # offers levels() and grids
     size:int, # S, pixels a side
@@ -200,7 +201,7 @@ def spread(
     "Bilinear upsampling that keeps every cell in its place."
     return F.pad(F.interpolate(m, (cover, cover), mode='bilinear'), (0, to - cover)*2, mode='replicate')
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000016
+# %% ../../nbs/evaluate/56_dense.ipynb #56000013
 class Patches:
     "The control: the raw pixels of each cell of a model's level 0, and their means on its coarser grids."
     def __init__(self, model, size:int): # of at_size(); S
@@ -230,7 +231,7 @@ def gathered(
     if len(levels) > 1: maps = [spread(m, round(cover[l]*side / size), side) for l, m in zip(levels, maps)]
     return torch.cat(maps, 1)
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000018
+# %% ../../nbs/evaluate/56_dense.ipynb #56000015
 def labelled(
     s:DenseSet, batch:int=100,
 ): # yields (start, (B,3,S,S), (B,S,S) int64)
@@ -254,7 +255,7 @@ def shares(
     n = (at*k + y.where(y != IGNORE, classes)).flatten().bincount(minlength=len(y)*h*w*k).view(len(y), h*w, k).float()
     return n[..., :classes] / n.sum(-1, keepdim=True)
 
-# %% ../../nbs/evaluate/56_dense.ipynb #5600001b
+# %% ../../nbs/evaluate/56_dense.ipynb #56000017
 @torch.no_grad()
 def cell_rows(
     model, pooled, train:DenseSet, # of dense_arms()
@@ -274,7 +275,7 @@ def cell_rows(
             out[k].append((m[ok], t[ok], torch.arange(i, i + len(x)).repeat_interleave(n)[ok]))
     return {k: tuple(map(torch.cat, zip(*v))) for k, v in out.items()}
 
-# %% ../../nbs/evaluate/56_dense.ipynb #5600001c
+# %% ../../nbs/evaluate/56_dense.ipynb #56000018
 def _scale(x): # (R,D) -> mean, 1/deviation with 0 where nothing varies
     mu, sd = x.mean(0), x.std(0, correction=0)
     return mu, torch.where(sd > 1e-6*mu.abs().clamp_min(1e-6), 1 / sd.clamp_min(1e-30), 0.)
@@ -309,7 +310,7 @@ def linear_head(
     _, C, w = best
     return lambda q: logits(on(q), w), C
 
-# %% ../../nbs/evaluate/56_dense.ipynb #5600001e
+# %% ../../nbs/evaluate/56_dense.ipynb #5600001a
 def knn_head(x:Tensor, t:Tensor, k:int=20, tau:float=.07): # (R,D), (R,K) shares -> ((M,D) -> (M,K) scores)
     "Weighted shares of the nearest cells."
     mu, s = _scale(x); bank = F.normalize((x - mu)*s, dim=1)
@@ -318,7 +319,7 @@ def knn_head(x:Tensor, t:Tensor, k:int=20, tau:float=.07): # (R,D), (R,K) shares
         return ((d / tau).softmax(1)[..., None]*t[i]).sum(1)
     return lambda q: torch.cat([vote(c) for c in F.normalize((q - mu)*s, dim=1).split(2000)])
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000021
+# %% ../../nbs/evaluate/56_dense.ipynb #5600001d
 def tally(
     pred:Tensor, y:Tensor, classes:int, # (B,S,S) int64 each, K
 ) -> Tensor: # (B,3,K) pixels: right, answered, true
@@ -342,7 +343,7 @@ def interval(v, level=.95) -> dict: # (times,) -> {lo, hi}
     lo, hi = np.nanquantile(np.asarray(v), [(1 - level)/2, (1 + level)/2]).tolist()
     return dict(lo=lo, hi=hi)
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000024
+# %% ../../nbs/evaluate/56_dense.ipynb #56000020
 @dataclass(frozen=True)
 class Segmenter:
     "A head on some levels of one arm."
@@ -367,7 +368,7 @@ def tallies(
         for h, f in heads.items(): out[h].append(tally(f(zs, model, data.size), y, k))
     return {h: torch.cat(v) for h, v in out.items()}
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000025
+# %% ../../nbs/evaluate/56_dense.ipynb #56000021
 def segmenters(
     model, pooled, train:DenseSet, # of dense_arms()
     most:int=10000, seed:int=0,
@@ -385,7 +386,7 @@ def segmenters(
     val = {k: float(miou(n.sum(0))) for k, n in tallies(model, pooled, early, train.subset(held)).items()}
     return {k: replace(f, val=val[k]) for k, f in late.items()}
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000026
+# %% ../../nbs/evaluate/56_dense.ipynb #56000022
 def segmentation(
     model, twin,            # to judge, and its untrained twin
     train:DenseSet, test:DenseSet, # of the same classes and size
@@ -412,7 +413,7 @@ def segmentation(
     out['scores'] = {p: dict(by) for p, by in out['scores'].items()}
     return out | dict(headline=_headline(out['scores'], again)), heads
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000027
+# %% ../../nbs/evaluate/56_dense.ipynb #56000023
 def _less(scores, again, p, a, b): # (arm, input) twice -> paired difference
     get = lambda q: scores[p][q[0]][q[1]]['miou']
     return dict(diff=get(a) - get(b), **interval(again[(p, *a)] - again[(p, *b)]))
@@ -428,7 +429,7 @@ def _headline(scores, again) -> dict: # {probe: {input, over: {control: diff, lo
                                                         'all - untrained': diff(('hjepa', 'all'), ('untrained', 'all'))}
     return out
 
-# %% ../../nbs/evaluate/56_dense.ipynb #5600002b
+# %% ../../nbs/evaluate/56_dense.ipynb #56000027
 def strides(model, size:int) -> list: # of at_size(), S -> pixels a cell, of each level below the whole image
     "Strides of the native levels; refuses those that torchvision would round."
     out = []
@@ -456,7 +457,7 @@ class Neck(nn.Module):
         maps = [self.up(zs[0])] + [f(z) for f, z in zip(self.narrow, zs)]
         return OrderedDict((str(i), f(m)) for i, (f, m) in enumerate(zip(self.smooth, maps)))
 
-# %% ../../nbs/evaluate/56_dense.ipynb #5600002e
+# %% ../../nbs/evaluate/56_dense.ipynb #5600002a
 def detector(
     model, size:int, things:int, # of at_size(); S; kinds of object
     native:bool=True,            # see Neck
@@ -482,7 +483,7 @@ def _has_objects(s:DenseSet):
     if s.objects is None or not s.things: raise HJEPAError(f'{s.name} has no objects, and detection is about those: choose another set.')
     if len(s.objects) != len(s): raise DataError(f'{s.name} has {len(s)} images and objects for {len(s.objects)}: give one entry each.')
 
-# %% ../../nbs/evaluate/56_dense.ipynb #5600002f
+# %% ../../nbs/evaluate/56_dense.ipynb #5600002b
 def train_detector(
     model, train:DenseSet,            # of at_size()
     native:bool=True, steps:int=200, batch:int=8,
@@ -511,7 +512,7 @@ def detect(net:MaskRCNN, data:DenseSet, batch:int=16) -> list: # dicts of boxes 
     "What a detector finds in each image."
     return [dict(o, masks=o['masks'][:, 0] > .5) for _, x in batches(data.images, batch) for o in net(list(x.float() / 255))]
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000031
+# %% ../../nbs/evaluate/56_dense.ipynb #5600002d
 def _coco(items, size, classes) -> COCO: # of detect() or DenseSet.objects; labels 1 … classes
     anns, n = [], 0
     for i, o in enumerate(items):
@@ -543,7 +544,7 @@ def matches(
         out.append((hit & ~skip, ~hit & ~skip, image, np.array([(x['gtIgnore'] == 0).sum() if x else 0 for x in es])))
     return out
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000032
+# %% ../../nbs/evaluate/56_dense.ipynb #5600002e
 OVERLAPS, RECALLS = np.linspace(.5, .95, 10), np.linspace(0, 1, 101)
 
 def precision(
@@ -568,7 +569,7 @@ def average_precision(found:list, true:list) -> dict: # {'box': {ap, ap50, ap75}
     m.update(found, [dict(o, masks=o['masks'].bool()) for o in true]); r = m.compute()
     return {k: dict(ap=float(r[f'{t}_map']), ap50=float(r[f'{t}_map_50']), ap75=float(r[f'{t}_map_75'])) for k, t in (('box', 'bbox'), ('mask', 'segm'))}
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000035
+# %% ../../nbs/evaluate/56_dense.ipynb #56000031
 def detection(
     model, twin,                   # to judge, and its untrained twin
     train:DenseSet, test:DenseSet, # with objects of the same kinds, and of one size
@@ -595,7 +596,7 @@ def detection(
     pairs = {'native - simple': (todo[0], todo[1]), 'native - untrained native': (todo[0], todo[2]), 'simple - untrained simple': (todo[1], todo[3]), 'native - pixels': (todo[0], todo[4])}
     return out | dict(scores=dict(out['scores']), differences={what: {d: less(what, *pq) for d, pq in pairs.items()} for what in ('box', 'mask')}), found
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000038
+# %% ../../nbs/evaluate/56_dense.ipynb #56000033
 def _colours(k): return (plt.get_cmap('tab20')(np.arange(k) % 20) if k > 10 else plt.get_cmap('tab10')(np.arange(k)))[:, :3] # (K,3)
 
 def paint(y, classes:int) -> np.ndarray: # (S,S) class numbers, K -> (S,S,3); what is not counted is pale grey
@@ -614,7 +615,7 @@ def plot_answers(
     if len(classes) <= 20: fig.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in _colours(len(classes))], classes, loc='outside lower center', ncols=5, fontsize=7)
     return fig
 
-# %% ../../nbs/evaluate/56_dense.ipynb #56000039
+# %% ../../nbs/evaluate/56_dense.ipynb #56000034
 def plot_bars(
     panels:dict, key:str, # {title: {arm: {group: dict with key, lo, hi}}}; 'miou' or 'ap'
 ):
