@@ -11,8 +11,8 @@ __all__ = ['IGNORE', 'VOC', 'OVERLAPS', 'RECALLS', 'Each', 'DenseSet', 'dense_sc
            'plot_detection', 'plot_found']
 
 # %% ../../nbs/evaluate/56_dense.ipynb #56000002
-import contextlib, copy, io, json, math
-from collections import OrderedDict, defaultdict
+import contextlib, copy, io, json
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -26,10 +26,7 @@ from timm.layers import LayerNorm2d
 from torch import nn, Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.datasets import OxfordIIITPet, VOCSegmentation
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from tqdm.auto import tqdm
 from ..config import HJEPAError
@@ -256,6 +253,10 @@ def shares(
     return n[..., :classes] / n.sum(-1, keepdim=True)
 
 # %% ../../nbs/evaluate/56_dense.ipynb #56000017
+def _scale(x): # (R,D) -> mean, 1/deviation with 0 where nothing varies
+    mu, sd = x.mean(0), x.std(0, correction=0)
+    return mu, torch.where(sd > 1e-6*mu.abs().clamp_min(1e-6), 1 / sd.clamp_min(1e-30), 0.)
+
 @torch.no_grad()
 def cell_rows(
     model, pooled, train:DenseSet, # of dense_arms()
@@ -276,10 +277,6 @@ def cell_rows(
     return {k: tuple(map(torch.cat, zip(*v))) for k, v in out.items()}
 
 # %% ../../nbs/evaluate/56_dense.ipynb #56000018
-def _scale(x): # (R,D) -> mean, 1/deviation with 0 where nothing varies
-    mu, sd = x.mean(0), x.std(0, correction=0)
-    return mu, torch.where(sd > 1e-6*mu.abs().clamp_min(1e-6), 1 / sd.clamp_min(1e-30), 0.)
-
 def fit_cells(z, t, C, lam, start=None, max_iter=100): # (R,F) on principal axes, (R,K) shares, inverse regularisation, (F,) variances -> (K,F+1)
     "Logistic regression on soft labels, by L-BFGS, preconditioned as in hjepa.evaluate.probes."
     k, r = t.shape[1], 1 / (C*len(z))
@@ -455,7 +452,7 @@ class Neck(nn.Module):
     def forward(self, x): # (B,3,S,S) in [0,1] -> {'0': half a patch, '1': level 0, '2': level 1, …}
         zs = [z.mT.unflatten(2, g).to(x) for z, g in zip(self.frozen[0].levels(x, pooled=not self.native), self.grids)]
         maps = [self.up(zs[0])] + [f(z) for f, z in zip(self.narrow, zs)]
-        return OrderedDict((str(i), f(m)) for i, (f, m) in enumerate(zip(self.smooth, maps)))
+        return {str(i): f(m) for i, (f, m) in enumerate(zip(self.smooth, maps))}
 
 # %% ../../nbs/evaluate/56_dense.ipynb #5600002a
 def detector(
@@ -468,10 +465,10 @@ def detector(
     pool = lambda side: MultiScaleRoIAlign(names, side, 2, canonical_scale=32, canonical_level=4)   # from 32 pixels on at stride 16
     few = {f'rpn_{a}_nms_top_n_{b}': 200 for a in ('pre', 'post') for b in ('train', 'test')}
     return MaskRCNN(Neck(model, size, native, width), min_size=size, max_size=size, size_divisible=1, image_mean=[0.]*3, image_std=[1.]*3,   # levels() normalises
-        rpn_anchor_generator=AnchorGenerator(tuple((2*k,) for k in st), ((.5, 1., 2.),)*len(st)), **few,
+        rpn_anchor_generator=anchor_utils.AnchorGenerator(tuple((2*k,) for k in st), ((.5, 1., 2.),)*len(st)), **few,
         rpn_batch_size_per_image=2*samples, box_batch_size_per_image=samples,
-        box_roi_pool=pool(7), box_head=TwoMLPHead(49*width, 8*width), box_predictor=FastRCNNPredictor(8*width, things + 1),
-        mask_roi_pool=pool(14), mask_head=MaskRCNNHeads(width, (width,)*2, 1), mask_predictor=MaskRCNNPredictor(width, width, things + 1))
+        box_roi_pool=pool(7), box_head=faster_rcnn.TwoMLPHead(49*width, 8*width), box_predictor=faster_rcnn.FastRCNNPredictor(8*width, things + 1),
+        mask_roi_pool=pool(14), mask_head=mask_rcnn.MaskRCNNHeads(width, (width,)*2, 1), mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, things + 1))
 
 def _object(s:DenseSet, i:int) -> dict: # the objects of image i, checked
     o, size, k = s.objects[i], s.size, len(s.things)
@@ -514,13 +511,13 @@ def detect(net:MaskRCNN, data:DenseSet, batch:int=16) -> list: # dicts of boxes 
 
 # %% ../../nbs/evaluate/56_dense.ipynb #5600002d
 def _coco(items, size, classes) -> COCO: # of detect() or DenseSet.objects; labels 1 … classes
-    anns, n = [], 0
+    anns, n, c = [], 0, COCO()
     for i, o in enumerate(items):
         for j in range(len(o['labels'])):
             n += 1; x0, y0, x1, y1 = o['boxes'][j].tolist(); m = rle.encode(np.asfortranarray(o['masks'][j].numpy().astype(np.uint8)))
             anns.append(dict(id=n, image_id=i, category_id=int(o['labels'][j]), bbox=[x0, y0, x1 - x0, y1 - y0], area=1., segmentation=m,   # sizes are not told apart
                              iscrowd=int(o['iscrowd'][j]) if 'iscrowd' in o else 0, **(dict(score=float(o['scores'][j])) if 'scores' in o else {})))
-    c = COCO(); c.dataset = dict(images=[dict(id=i, height=size, width=size) for i in range(len(items))], categories=[dict(id=k) for k in range(1, classes + 1)], annotations=anns)
+    c.dataset = dict(images=[dict(id=i, height=size, width=size) for i in range(len(items))], categories=[dict(id=k) for k in range(1, classes + 1)], annotations=anns)
     c.createIndex()
     return c
 
@@ -539,8 +536,7 @@ def matches(
         at = [i for i, x in enumerate(es) if x]
         o = np.argsort(-np.concatenate([np.zeros(0), *(es[i]['dtScores'] for i in at)]), kind='mergesort')
         join = lambda q: np.concatenate([np.zeros((10, 0)), *(es[i][q] for i in at)], 1)[:, o] > 0
-        image = np.concatenate([np.zeros(0, int), *(np.full(len(es[i]['dtScores']), i) for i in at)])[o]
-        hit, skip = join('dtMatches'), join('dtIgnore')
+        image, hit, skip = np.concatenate([np.zeros(0, int), *(np.full(len(es[i]['dtScores']), i) for i in at)])[o], join('dtMatches'), join('dtIgnore')
         out.append((hit & ~skip, ~hit & ~skip, image, np.array([(x['gtIgnore'] == 0).sum() if x else 0 for x in es])))
     return out
 
@@ -635,6 +631,7 @@ def plot_segmentation(r:dict): return plot_bars({dict(linear='linear', knn='k-NN
 def plot_detection(r:dict): # of detection()
     return plot_bars({k: {a: {n: s[k] for n, s in by.items()} for a, by in r['scores'].items()} for k in ('box', 'mask')}, 'ap')
 
+# %% ../../nbs/evaluate/56_dense.ipynb #56000035
 def plot_found(
     images:Tensor, rows:dict, # (n,3,S,S) uint8; {title: n dicts of boxes (k,4), labels (k,) from 1, masks (k,S,S), and perhaps scores (k,)}
     things, least:float=.3,   # names; answers with a lower score are not drawn
