@@ -636,12 +636,12 @@ def plot_found(
     images:Tensor, rows:dict, # (n,3,S,S) uint8; {title: n dicts of boxes (k,4), labels (k,) from 1, masks (k,S,S), and perhaps scores (k,)}
     things, least:float=.3,   # names; answers with a lower score are not drawn
 ):
-    "Boxes and outlines over the images."
+    "Boxes and outlines over the images, in grey."
     fig, axes = plt.subplots(len(rows), len(images), figsize=(1.7*len(images), 1.8*len(rows)), squeeze=False); col = _colours(len(things))
     for line, (t, os) in zip(axes, rows.items()):
         line[0].set_ylabel(t, fontsize=8)
         for ax, x, o in zip(line, images, os):
-            pic = x.permute(1, 2, 0).numpy() / 255
+            pic = (.65 + .35*x.float().mean(0) / 255).numpy()[..., None].repeat(3, 2)     # pale, so that colours say class
             for j, l in enumerate(np.asarray(o['labels']) - 1):
                 if 'scores' in o and o['scores'][j] < least: continue
                 m = np.asarray(o['masks'][j], bool); pic[m] = .4*pic[m] + .6*col[l]; x0, y0, x1, y1 = (float(v) for v in o['boxes'][j])
