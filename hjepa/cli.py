@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument('--no-report', action='store_true', help='train only'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(evaluate, 'evaluate', 'write the report card of a model', 'hjepa evaluate runs/demo --suite standard')
     q.add_argument('model', help='a run directory, a model.safetensors, pretrained:NAME, or timm:NAME'); q.add_argument('change', **more)
-    q.add_argument('--suite', default='quick', choices=list(SUITES), help='quick: the card; standard: also few labels, other probes, views, corrupted images; full: all of those, and fine-tuning (default: quick)')
+    q.add_argument('--suite', default='quick', choices=list(SUITES), help='quick: the card; standard: also few labels, other probes and readouts, views, what is known of scenes, transfer, segmentation, corrupted images; full: all of those at length, detection and fine-tuning (default: quick)')
     q.add_argument('--data', metavar='NAME', help='judge on another data set (with --out)')
     q.add_argument('--out', help='where the report goes (default: beside the model)'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(compare_cards, 'compare', 'put report cards side by side, with paired differences', 'hjepa compare runs/demo runs/try'); q.add_argument('folder', nargs='+', help='run directories with a report card each; the first is what the others are compared with')
