@@ -111,7 +111,7 @@ class Prediction(Branch):
     targets:Literal['layer', 'whiten'] = 'layer' # normalised per token (LayerNorm), or whitened over the batch
     gradient:bool = False             # let the loss move the targets as well; needs optim.ema = optim.ema_end = 0
     visible:float = Field(0., ge=0)   # weight of predicting the seen patches too, nearest to the hidden ones most (V-JEPA 2.1: .5)
-    across:float = Field(0., ge=0)    # weight of predicting the next view's cells where they overlap
+    next_view:float = Field(0., ge=0)    # weight of predicting the next view's cells where they overlap
     share:float = Field(1., gt=0, le=1) # of the view images that are predicted, each step
     momentum:float = Field(.99, ge=0, lt=1) # of the running mean target and chance level
     floor:float = Field(.01, gt=0)    # a chance level below it means collapsed targets
@@ -234,11 +234,11 @@ def view_problems(d, v, patch, whole):
 # %% ../nbs/00_config.ipynb #b90f6bca
 def loss_problems(r, p, lv, w):
     "Losses that contradict each other, and switches that would switch nothing."
-    on = [k for k, off in (('visible', 0), ('across', 0), ('gradient', False), ('targets', 'layer')) if getattr(p, k) != off]
+    on = [k for k, off in (('visible', 0), ('next_view', 0), ('gradient', False), ('targets', 'layer')) if getattr(p, k) != off]
     if on and not p.weight: yield f"prediction.{on[0]} is on but prediction.weight is 0, so nothing is predicted: give it a weight or leave {on[0]} out."
     if p.gradient and (r.optim.ema or r.optim.ema_end): yield "prediction.gradient takes its targets from the online encoder, so no slow copy is used: set optim.ema=0 and optim.ema_end=0."
     if p.gradient and w.kind == 'none': yield "prediction.gradient without a whole-image loss has an answer that needs no images, constant targets: set whole.kind=sigreg or prediction.gradient=false."
-    if p.across and r.views.count < 2: yield "prediction.across predicts another view, but views.count is 1: use 2 or set prediction.across=0."
+    if p.next_view and r.views.count < 2: yield "prediction.next_view predicts another view, but views.count is 1: use 2 or set prediction.next_view=0."
     if lv.join != 'concat' and all(len(g) == 1 for g in lv.groups): yield f"levels.join {lv.join} has nothing to join: give a level a group of blocks, as in levels.depths=[4, [4, 8, 12], 12, 12]."
     if isinstance(w.kind, dict) and ('none' in w.kind or not w.kind or not all(x > 0 for x in w.kind.values())): yield f"whole.kind {w.kind} must give each loss a weight above 0: leave out what should not count."
     yield from weight_problems(r, lv)
@@ -252,7 +252,6 @@ def weight_problems(r, lv):
     m, cells = r.masks, lv.cells
     asked = m.predict or [sum(k * (b // c)**2 for k, b in zip(m.hidden[l:], cells[l:])) for l, c in enumerate(cells)]
     if any(w and not n for w, n in zip(lv.weights, asked)): yield f"levels.weighting {lv.weighting} needs a question at every level that counts: hide cells there, or set its levels.weights to 0."
-    if lv.weighting == 'gradnorm' and r.train.compile: yield "levels.weighting gradnorm goes back through the predictor twice, which compiled networks do not allow: set train.compile=false."
 
 # %% ../nbs/00_config.ipynb #6e6f6a57
 def length_problems(r):

@@ -118,7 +118,7 @@ def forward(self:HJEPA,
     masks:Masks,  # for the V*B view images, view by view
     step:int=0,   # seeds the random directions of the whole-image loss
     local:Tensor|None=None, # (n,B,C,s,s) small views, whole: their codes join those of the others
-    frames:Tensor|None=None, # (V,B,5) box and flip of each view, for prediction.across
+    frames:Tensor|None=None, # (V,B,5) box and flip of each view, for prediction.next_view
 ) -> dict:        # 'loss' and its parts; level losses are relative to chance
     "Loss of one batch."
     V, B = views.shape[:2]
@@ -167,7 +167,7 @@ def predict(self:HJEPA, x, ctx, masks, frames=None) -> tuple: # per level a scal
     if p.visible:
         answers[0], again = answers[0].split((places[0].shape[1], seen.shape[1]), 1)
         extra['visible'] = self.score(0, again, gather(full[0], masks.context), nearness(masks.context, pos(0)))
-    if p.across: extra['across'] = self.across(ctx, seen, wanted, places, frames)
+    if p.next_view: extra['next_view'] = self.next_view(ctx, seen, wanted, places, frames)
     return [self.score(l, a, t) for l, (a, t) in enumerate(zip(answers, wanted))], extra
 
 # %% ../nbs/40_model.ipynb #bf1cc9ad
@@ -192,9 +192,9 @@ def carry(pos:Tensor, a:Tensor, b:Tensor, grid:int) -> Tensor: # (R,M,2) y, x in
     return ((mid[0] + half[0] * (2 * pos / grid - 1) - mid[1]) / half[1] + 1) * grid / 2
 
 @patch
-def across(self:HJEPA, ctx, seen, wanted, places, frames) -> Tensor: # scalar, relative to chance
+def next_view(self:HJEPA, ctx, seen, wanted, places, frames) -> Tensor: # scalar, relative to chance
     "The cells asked of the next view, predicted from this one's context where it shows them."
-    if frames is None: raise HJEPAError("prediction.across needs to know where the views lie: pass frames, the box and flip of each, as fit does.")
+    if frames is None: raise HJEPAError("prediction.next_view needs to know where the views lie: pass frames, the box and flip of each, as fit does.")
     r, after = self.recipe, lambda t: t.unflatten(0, (self.recipe.views.count, -1)).roll(-1, 0).flatten(0, 1)
     here = [carry(after(p), after(frames), frames, r.grid) for p in places]
     inside = [((p > 0) & (p < r.grid)).all(-1) for p in here]
@@ -227,7 +227,7 @@ def step_cost(self:HJEPA, batch:int=4) -> dict: # flops_per_image, tokens per im
     frames = torch.tensor([0., 0, 1, 1, 1], device=dev).expand(V, batch, 5)
     with torch.random.fork_rng(), FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): m(views, masks, local=local, frames=frames)['loss'].backward()
     share = p.share if self.levels_predicted else 0
-    asked = sum(t.shape[1] for t in masks.targets) * (1 + bool(p.across)) + masks.context.shape[1] * bool(p.visible)
+    asked = sum(t.shape[1] for t in masks.targets) * (1 + bool(p.next_view)) + masks.context.shape[1] * bool(p.visible)
     return dict(flops_per_image=c.get_total_flops() / batch, tokens=dict(context=V * masks.context.shape[1] + n * (s // r.encoder.patch)**2,
         target=V * share * self.pyramid.sizes[0], predictor=V * share * asked))
 

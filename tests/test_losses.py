@@ -131,14 +131,14 @@ def test_temperature_evens_and_weights_are_constants():
 OFF = {'ema': {'optim.ema': 0., 'optim.ema_end': 0.}}
 SWITCHES = {**{k: {'whole.kind': k, 'whole.args': {}} for k in WHOLE if k != 'sigreg'}, 'mix': {'whole.kind': {'sigreg': 1., 'infonce': .1}, 'whole.args': {'sigreg': {'lam': .05}}},
     'group': {'levels.depths': (1, (1, 2), 2)}, 'mean': {'levels.depths': (1, (1, 2), 2), 'levels.join': 'mean'}, 'whiten': {'prediction.targets': 'whiten'},
-    'visible': {'prediction.visible': .5}, 'across': {'prediction.across': .5}, 'no-ema': OFF['ema'], 'gradient': {**OFF['ema'], 'prediction.gradient': True},
+    'visible': {'prediction.visible': .5}, 'next_view': {'prediction.next_view': .5}, 'no-ema': OFF['ema'], 'gradient': {**OFF['ema'], 'prediction.gradient': True},
     **{k: {'levels.weighting': k} for k in ('uw-so', 'uw-o', 'learned', 'gradnorm')}, 'even': {'levels.weighting': 'uw-so', 'levels.temperature': 5.}}
 
 def batch(r, B=16, rows=slice(None)): # what a step gets, or a part of it
     g = torch.Generator().manual_seed(1); draw = draw_views(B, r.views, g); views = make_views(images(B), draw, 32, r.data.mean, r.data.std)
     masks = build(r).draw_masks(2*B, g)[(torch.arange(2)[:, None]*B + torch.arange(B)[rows]).flatten()]
     frames = torch.cat((draw.box, draw.flip[..., None]), -1)[:, rows]
-    return (views[:, rows], masks), dict(frames=frames) if r.prediction.across else {}
+    return (views[:, rows], masks), dict(frames=frames) if r.prediction.next_view else {}
 
 def two_steps(r, rows=slice(None), wrap=lambda m: m): # losses of two steps and the gradient of the second
     m = build(r).train(); net = wrap(m); a, kw = batch(r, rows=rows); seen = []
@@ -232,29 +232,29 @@ def test_visible_counts_every_seen_patch_by_its_nearness():
     rest = out['level_0'] / 2 + out['level_1'] / 2 + .5 * out['visible'] + out['whole']
     torch.testing.assert_close(out['loss'].detach(), rest)
 
-def test_across_of_equal_views_asks_the_same_cells(): # the next view is this view: same places, same targets, all in sight
-    m = build(tiny(prediction__across=1., views__count=2)).train(); (views, masks), kw = batch(m.recipe)
+def test_next_view_of_equal_views_asks_the_same_cells(): # the next view is this view: same places, same targets, all in sight
+    m = build(tiny(prediction__next_view=1., views__count=2)).train(); (views, masks), kw = batch(m.recipe)
     B = len(views[0]); twice, mm = views[:1].expand(2, -1, -1, -1, -1), masks[torch.arange(B).repeat(2)]
     out = m(twice, mm, frames=kw['frames'][:1].expand(2, -1, -1))
-    torch.testing.assert_close(out['across'], (out['level_0'] + out['level_1']) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out['next_view'], (out['level_0'] + out['level_1']) / 2, rtol=1e-4, atol=1e-5)
     far = torch.tensor([[5., 5, .1, .1, 1], [-5, -5, .1, .1, 1]])[:, None].expand(2, B, 5)
-    assert m(views, masks, frames=far)['across'] == 0                   # nothing in sight, nothing asked
+    assert m(views, masks, frames=far)['next_view'] == 0                   # nothing in sight, nothing asked
     with pytest.raises(HJEPAError, match='where the views lie'): m(views, masks)
 
 def test_fit_runs_with_everything_on(tmp_path):
-    r = tiny(**SWITCHES['mix'], **SWITCHES['group'], **SWITCHES['visible'], **SWITCHES['across'], **SWITCHES['gradnorm'], prediction__targets='whiten', views__local=2, train__accumulate=2)
+    r = tiny(**SWITCHES['mix'], **SWITCHES['group'], **SWITCHES['visible'], **SWITCHES['next_view'], **SWITCHES['gradnorm'], prediction__targets='whiten', views__local=2, train__accumulate=2)
     run = fit(r, data=images(), out=tmp_path); row = run.history[-1]
-    assert {'visible', 'across', 'weight_0', 'weight_1', 'whole'} <= row.keys() and run.history[0]['weight_0'] == 1 != row['weight_0']
+    assert {'visible', 'next_view', 'weight_0', 'weight_1', 'whole'} <= row.keys() and run.history[0]['weight_0'] == 1 != row['weight_0']
 
 # ---- refused
 
 BAD = {'gradient': (dict(prediction__gradient=True), 'optim.ema=0'), 'constant': (dict(prediction__gradient=True, whole__kind='none', whole__args={}, **OFF['ema']), 'constant targets'),
-    **{k: ({**kw, 'prediction.weight': 0.}, f'prediction.{k} is on') for k, kw in dict(visible=SWITCHES['visible'], across=SWITCHES['across'], targets=SWITCHES['whiten']).items()},
-    'one view': ({**SWITCHES['across'], 'views.count': 1, 'whole.kind': 'none', 'whole.args': {}}, 'another view'), 'join': (dict(levels__join='mean'), 'nothing to join'),
+    **{k: ({**kw, 'prediction.weight': 0.}, f'prediction.{k} is on') for k, kw in dict(visible=SWITCHES['visible'], next_view=SWITCHES['next_view'], targets=SWITCHES['whiten']).items()},
+    'one view': ({**SWITCHES['next_view'], 'views.count': 1, 'whole.kind': 'none', 'whole.args': {}}, 'another view'), 'join': (dict(levels__join='mean'), 'nothing to join'),
     'order': (dict(levels__depths=(1, (2, 1), 2)), 'rising'), 'empty': (dict(levels__depths=(1, (), 2)), 'empty'), 'deep': (dict(levels__depths=(1, (1, 3), 2)), 'outside'),
     'mix none': (dict(whole__kind={'none': 1.}, whole__args={}), 'above 0'), 'mix zero': (dict(whole__kind={'sigreg': 0.}, whole__args={}), 'above 0'), 'mix empty': (dict(whole__kind={}, whole__args={}), 'above 0'),
     'temperature': (dict(levels__temperature=2.), 'only by'), 'one level': (dict(levels__weighting='uw-so', levels__weights=(1., 0.)), 'needs two'),
-    'no question': (dict(levels__weighting='uw-o', masks__hidden=(8, 0)), 'a question at every level'), 'compiled': (dict(levels__weighting='gradnorm', train__compile=True), 'compile=false'),
+    'no question': (dict(levels__weighting='uw-o', masks__hidden=(8, 0)), 'a question at every level'),
     'zero temperature': (dict(levels__weighting='uw-so', levels__temperature=0.), 'levels.temperature')}
 
 @pytest.mark.parametrize('kw,words', BAD.values(), ids=BAD)
