@@ -186,7 +186,7 @@ def test_off_is_as_before_bit_for_bit_and_costs_nothing():
         out.append((loss.detach(), [p.grad for p in m.parameters() if p.requires_grad], c.n))
     (a, ga, na), (b, gb, nb) = out
     assert torch.equal(a, b) and all(torch.equal(x, y) for x, y in zip(ga, gb, strict=True))
-    assert nb == na                                                    # not one operation more, forward and backward
+    assert nb <= na                                                    # not one operation more, forward and backward
 
 # ---- what single switches promise
 
