@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Share', 'Beta', 'recipes', 'HJEPAError', 'nearest', 'Branch', 'Data', 'Views', 'Encoder', 'Levels', 'Masks',
-           'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'mask_problems', 'view_problems',
-           'length_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml', 'cifar10_cpu',
-           'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe']
+           'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'encoder_problems',
+           'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'length_problems', 'fields',
+           'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml', 'cifar10_cpu', 'cifar10', 'imagenet100',
+           'imagenet1k_vitb16', 'recipe']
 
 # %% ../nbs/00_config.ipynb #568441f4
 import difflib, math
@@ -77,6 +78,14 @@ class Encoder(Branch):
     qk_norm:bool = False              # normalise queries and keys per head
     theta:float = Field(100., gt=0)   # base of the rotary frequencies
     checkpoint:bool = False           # recompute activations in the backward pass
+    positions:Literal['axial', 'mixed', 'sincos', 'learned', 'none'] = 'axial' # rotary along the axes, or along learned directions; added sines, or a learned table
+    stretch:bool = False              # another grid has the coordinates of the first one, not more of them
+    act:Literal['gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'] = 'gelu' # of the MLPs; swiglu halves their inner width, so mlp=16/3 is as large as 4
+    pre_norm:bool = False             # LayerNorm before the first block, as CLIP
+    eps:float = Field(1e-6, gt=0)     # of every LayerNorm
+    windows:int = Field(0, ge=0)      # the first blocks attend only within windows, the cells of the coarsest level below the top
+    patches:tuple[int, ...] = ()      # sizes of patches, pixels, one drawn each step (FlexiViT): each a level's cell; () = always `patch`
+    large_first:bool = False          # they come in equal shares of the run, the largest first
 
 # %% ../nbs/00_config.ipynb #a0ffa3c9
 class Levels(Branch):
@@ -84,6 +93,13 @@ class Levels(Branch):
     top:bool = True                   # a last level: the whole image as one cell
     depths:tuple[int, ...] = (4, 8, 12, 12) # block of the target encoder that each level reads
     weights:tuple[float, ...] = (1., 1., 1.) # of the prediction loss of each level but the top
+    pool:Literal['average', 'max', 'attention', 'conv'] = 'average' # of the patches of a cell: see hjepa.parts.neck
+    fpn:bool = False                  # coarse levels speak to the finer ones below
+    across:bool = False               # cells of all levels attend to each other
+    slots:int = Field(0, ge=0)        # the top is the mean of slots that compete for patches; 0 = it is pooled
+
+    @property
+    def learned(self) -> bool: return self.pool in ('attention', 'conv') or self.fpn or self.across or self.slots > 0
 
 class Masks(Branch):
     kind:Literal['nested', 'blocks'] = 'nested' # cells scattered at random, or rectangular multi-blocks
@@ -174,7 +190,9 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     e, lv, m, g = r.encoder, r.levels, r.masks, r.grid
     if r.data.image % e.patch: yield f"data.image {r.data.image} is not divisible by encoder.patch {e.patch}: choose a patch that tiles the image."
     for what, b in (('encoder', e), ('predictor', r.predictor)):
-        if b.dim % b.heads or (b.dim // b.heads) % 4:
+        turned = what == 'predictor' or e.positions in ('axial', 'mixed') or lv.across
+        if b.dim % b.heads: yield f"{what}.dim {b.dim} is not divisible by {b.heads} heads: choose a multiple."
+        elif turned and (b.dim // b.heads) % 4:
             yield f"{what}.dim {b.dim} over {b.heads} heads leaves {b.dim/b.heads:g} a head: rotary positions need a multiple of 4."
     if not lv.cells or lv.cells[0] != 1 or any(b % a or b <= a for a, b in zip(lv.cells, lv.cells[1:])):
         yield f"levels.cells {lv.cells} do not nest: start at 1 and let each divide the next, as in (1, 2, 4)."
@@ -184,9 +202,49 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     n = len(lv.cells) + lv.top
     if len(lv.depths) != n: yield f"levels.depths has {len(lv.depths)} entries for {n} levels{' (the top counts)' if lv.top else ''}: give one block a level."
     if not all(0 < d <= e.depth for d in lv.depths): yield f"levels.depths {lv.depths} reaches outside the encoder's blocks 1 to {e.depth}: lower it."
+    yield from encoder_problems(r, e, lv.cells, g)
+    yield from level_problems(r, lv)
     yield from mask_problems(r, g, lv.cells, m)
     yield from view_problems(r.data, r.views, e.patch, r.whole.kind)
     yield from length_problems(r)
+
+# %% ../nbs/00_config.ipynb #c71ba392
+def encoder_problems(r, e, cells, g):
+    "Switches of the encoder that exclude each other."
+    other = r.views.local and r.views.local_size // e.patch != g
+    if e.positions == 'sincos' and e.dim % 4: yield f"encoder.dim {e.dim} must be a multiple of 4 for sin-cos positions: change it, or encoder.positions."
+    if e.positions == 'none' and e.stretch: yield "encoder.stretch is set, but positions=none has no coordinates to stretch: unset one."
+    if e.positions == 'learned' and not e.stretch and (other or e.patches): yield "encoder.positions learned has a table for one grid, and local views or encoder.patches bring others: set encoder.stretch=True, or choose sincos or rotary positions."
+    if e.act == 'swiglu' and int(e.dim * e.mlp) % 2: yield f"encoder.act swiglu halves {int(e.dim * e.mlp)} hidden channels: choose an encoder.mlp that makes them even."
+    if e.large_first and not e.patches: yield "encoder.large_first orders patch sizes, and encoder.patches gives none: list some, as in (4, 8)."
+    if e.windows and cells:
+        c = cells[-1]
+        if e.windows >= e.depth: yield f"encoder.windows {e.windows} leaves none of {e.depth} blocks to see the whole image: lower it."
+        if not 1 < c < g: yield f"encoder.windows attends within the coarsest cells, and {c}x{c} patches on a {g}x{g} grid are no windows: change levels.cells, or set windows=0."
+        elif g % c or (r.views.local and r.views.local_size // e.patch % c): yield f"encoder.windows needs grids that {c}x{c} cells tile, local views included: change data.image, views.local_size, levels.cells, or set windows=0."
+        if any(r.masks.hidden[:-1]): yield f"encoder.windows needs windows that are seen whole or not at all, and masks.hidden {r.masks.hidden} hides parts of them: hide coarsest cells only, as in {(0,) * (len(cells) - 1) + (max(1, r.masks.hidden[-1]),)}."
+    if e.patches: yield from patch_problems(r, e, cells, g)
+
+def patch_problems(r, e, cells, g):
+    "Patch sizes that no level offers, or that leave no question."
+    for s in e.patches:
+        if s % e.patch or s // e.patch not in cells or g % (s // e.patch): yield f"encoder.patches has {s}, which is not the side of a level's cell ({', '.join(str(c * e.patch) for c in cells if g % c == 0)} pixels): choose from these."
+        elif r.prediction.weight and not any(r.masks.hidden[cells.index(s // e.patch):]): yield f"encoder.patches has {s}, but masks.hidden {r.masks.hidden} hides no cell of that size or larger, so nothing would be asked: hide some."
+    if len(set(e.patches)) < 2 or e.patch not in e.patches: yield f"encoder.patches {e.patches} must hold encoder.patch {e.patch} and another size: otherwise set encoder.patch alone."
+    for on, what in ((e.windows, 'encoder.windows'), (e.stem == 'conv', 'encoder.stem=conv'), (r.levels.learned, 'a learned neck (levels.pool, fpn, across, slots)')):
+        if on: yield f"encoder.patches resizes a linear patch embedding and changes the grid, and {what} is made for one size: use one of the two."
+
+def level_problems(r, lv):
+    "Pooling and necks that would do nothing, or never learn."
+    n, e = len(lv.cells) + lv.top, r.encoder
+    if lv.learned and (r.whole.kind == 'none' or not r.whole.weight): yield "levels.pool, fpn, across or slots have weights that only the whole-image loss trains, and it is off: switch it on, or use pool=average or max."
+    if lv.pool == 'conv' and len(lv.cells) < 2: yield "levels.pool conv has no level between patches and top to make: add a cell size, or use another pool."
+    if lv.pool in ('max', 'attention') and n < 2: yield f"levels.pool {lv.pool} has nothing to pool, since patches are the only level: add a level."
+    if (lv.fpn or lv.across) and n < 2: yield "levels.fpn and levels.across join levels, and there is one: add a level, or switch them off."
+    if lv.slots and not lv.top: yield "levels.slots make the top level, and levels.top is off: switch it on, or set slots=0."
+    if lv.slots == 1: yield "levels.slots is 1, and one slot competes with nobody: use 2 or more, or 0."
+    if lv.slots and lv.pool != 'average' and len(lv.cells) < 2: yield f"levels.pool {lv.pool} would pool only the top, which levels.slots make: use pool=average."
+    if lv.learned and r.views.local and lv.cells and r.views.local_size // e.patch < lv.cells[-1]: yield f"views.local_size {r.views.local_size} is smaller than the coarsest cell of {lv.cells[-1] * e.patch} pixels, which a neck must fill: enlarge it, or drop a level."
 
 # %% ../nbs/00_config.ipynb #f23a49fc
 def mask_problems(r, g, cells, m):

@@ -22,6 +22,7 @@ from .parts.encoder import Encoder
 from .parts.pyramid import Pyramid
 from .parts.masking import Masks, sample_masks
 from .parts.predictor import Predictor
+from .parts.neck import Neck, code
 from .losses.prediction import Chance, distance
 from .losses.regularize import BatchNorm, WHOLE
 from .optim import ema_update
@@ -51,19 +52,21 @@ class HJEPA(nn.Module):
     "A hierarchical joint-embedding predictive architecture."
     def __init__(self, r:Recipe): # the recipe
         super().__init__()
-        e, p, D = r.encoder, r.prediction, r.encoder.dim
+        e, p, D, lv = r.encoder, r.prediction, r.encoder.dim, r.levels
         self.recipe, self.pyramid = r, Pyramid((r.grid, r.grid), r.levels.cells, r.levels.top)
         self.grids, self.depths = self.pyramid.grids, r.levels.depths
-        self.encoder = Encoder(r.data.image, **e.model_dump())
+        self.encoder = Encoder(r.data.image, **e.model_dump(exclude={'patches', 'large_first'}), window=lv.cells[-1])
         self.levels_predicted = len(r.levels.cells) if p.weight else 0
         if p.weight:
             self.predictor = Predictor(D, len(r.levels.cells), **r.predictor.model_dump(), theta=e.theta)
             self.chance = nn.ModuleList(Chance(n, D, p.kind, p.momentum, p.floor) for n in self.pyramid.sizes[:self.levels_predicted])
         self.whole = build_whole(r.whole.kind, r.whole.args)
         if self.whole: self.projector = projector(D, r.whole.hidden, r.whole.dim)
-        self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+        self.neck = Neck(self.pyramid, D, e.heads, lv.pool, lv.fpn, lv.across, lv.slots, e.theta) if lv.learned else None
+        self.target, self.target_neck = [m and copy.deepcopy(m).requires_grad_(False).eval() for m in (self.encoder, self.neck)]
     def train(self, mode=True):
         super().train(mode); self.target.eval()
+        if self.neck: self.target_neck.eval()
         return self
 
 # %% ../nbs/40_model.ipynb #a5399587
@@ -73,28 +76,47 @@ def projector(width:int, hidden:int, dim:int) -> nn.Module: # (B,width) -> (B,di
     return nn.Sequential(*layer(width, hidden), *layer(hidden, hidden), nn.Linear(hidden, dim))
 
 @patch
-def draw_masks(self:HJEPA, B:int, generator=None, device=None) -> Masks:
+def draw_masks(self:HJEPA, B:int, generator=None, device=None, progress=None) -> Masks: # share of the run that is over; None = the smallest patches
     "Masks for B view images, as the recipe says."
-    m = self.recipe.masks
-    return sample_masks(self.pyramid, B, m.hidden, m.predict, m.kind, m.blocks, m.aspect, generator, device)
+    m, e, unit = self.recipe.masks, self.recipe.encoder, 0
+    if e.patches and progress is not None:
+        i = int(progress * len(e.patches)) if e.large_first else int(torch.randint(len(e.patches), (), generator=generator))
+        unit = self.pyramid.cells.index(sorted(e.patches, reverse=True)[i] // e.patch)
+    return sample_masks(self.pyramid, B, m.hidden, m.predict, m.kind, m.blocks, m.aspect, generator, device, unit)
 
 # %% ../nbs/40_model.ipynb #1eba9ae9
 @patch
 @torch.no_grad()
-def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None) -> list: # (B,C,H,W) normalised -> per level (B,N_l,D)
+def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None, unit=0) -> list: # (B,C,H,W) normalised -> per level (B,N_l,D), None below the unit
     "Depth × scale targets from the slow encoder."
-    n, origins = levels or len(self.pyramid), origins or self.pyramid.origins()
-    depths = [self.depths[0]] * n if pooled else self.depths[:n]
-    hidden = self.target(x, depths=depths)
-    return [F.layer_norm(self.pyramid.pool(h.float(), l, origins[l]), h.shape[-1:]) for l, h in enumerate(hidden)]
+    n, q, P = levels or len(self.pyramid), self.recipe.encoder.patch, self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]])
+    origins, neck = origins or P.origins(), None if pooled else self.target_neck
+    depths = [self.depths[0]] * n if pooled else self.depths if neck else self.depths[:n]
+    hidden = [h.float() for h in self.target(x, depths=depths, p=q * P.cells[unit])]
+    if neck: cells = neck(hidden, P, origins)[0][:n]
+    else: cells = [None if l < unit else P.pool(h, l, origins[l], 'average' if pooled else self.recipe.levels.pool, unit) for l, h in enumerate(hidden)]
+    return [None if c is None else F.layer_norm(c.float(), c.shape[-1:]) for c in cells]
 
 @patch
 @torch.no_grad()
-def levels(self:HJEPA, x:Tensor, pooled=False) -> list: # (B,3,H,W) uint8 or float in [0,1] -> per level (B,N_l,D) float32
+def levels(self:HJEPA, x:Tensor, pooled=False, unit=0) -> list: # (B,3,H,W) uint8 or float in [0,1] -> per level, from the unit on, (B,N_l,D) float32
     "Features of every level, as judged by `hjepa.evaluate`."
     d = self.recipe.data
     dev = self.encoder.norm.weight.device
-    return [t.float() for t in self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled)]
+    return self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled, unit=unit)[unit:]
+
+# %% ../nbs/40_model.ipynb #a0558136
+@patch
+def look(self:HJEPA, x:Tensor, masks:Masks|None=None): # (B,C,H,W) normalised; None = all is visible -> tokens (B,n,D), codes (B,D)
+    "What the context encoder sees in images."
+    q, keep, unit = self.recipe.encoder.patch, masks and masks.context, masks.unit if masks else 0
+    if not self.neck: t = self.encoder(x, keep, p=q * self.pyramid.cells[unit]); return t, t.mean(1)
+    *maps, t = self.encoder(x, keep, (*self.depths, self.recipe.encoder.depth))
+    P, seen = self.pyramid.over([s // q for s in x.shape[2:]]), None
+    if keep is not None:
+        seen = torch.zeros(len(x), P.sizes[0], dtype=torch.bool, device=x.device).scatter(1, keep, True)
+        maps = [m.new_zeros(*seen.shape, m.shape[-1]).scatter(1, keep[..., None].expand_as(m), m) for m in maps]
+    return t, code(*self.neck(maps, P, masks.origins if masks else P.origins(), seen))
 
 # %% ../nbs/40_model.ipynb #4a3465b4
 @patch
@@ -107,7 +129,7 @@ def forward(self:HJEPA,
     "Loss of one batch."
     V, B = views.shape[:2]
     x, out, total = views.flatten(0, 1), {}, 0.
-    ctx = self.encoder(x, masks.context)
+    ctx, codes = self.look(x, masks)
     if self.levels_predicted:
         rows = self.predicted_rows(V, B)
         parts = self.predict(x[rows], ctx[rows], masks[rows])
@@ -116,8 +138,8 @@ def forward(self:HJEPA,
         out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)}
         total = total + self.recipe.prediction.weight * pred
     if self.whole:
-        codes = [ctx.mean(1)] + ([] if local is None else [self.encoder(local.flatten(0, 1)).mean(1)])
-        whole = self.whole(self.projector(torch.cat(codes)).unflatten(0, (-1, B)), step)
+        if local is not None: codes = torch.cat((codes, self.look(local.flatten(0, 1))[1]))
+        whole = self.whole(self.projector(codes).unflatten(0, (-1, B)), step)
         out['whole'] = whole.detach()
         total = total + self.recipe.whole.weight * whole
     return {'loss': total, **out}
@@ -134,12 +156,12 @@ def predicted_rows(self:HJEPA, V:int, B:int): # rows of the V*B view images that
 @patch
 def predict(self:HJEPA, x, ctx, masks) -> list: # per level a scalar, relative to chance
     "Masked prediction of all levels."
-    full = self.targets(x, masks.origins, levels=self.levels_predicted)
+    full = self.targets(x, masks.origins, levels=self.levels_predicted, unit=masks.unit)
     pos = lambda l: self.pyramid.centres(l, masks.origins[l], x.device)
     places = [pos(l)[t] for l, t in enumerate(masks.targets)]
-    answers, losses = self.predictor(ctx, pos(0)[masks.context], places), []
+    answers, losses = self.predictor(ctx, pos(masks.unit)[masks.context], places), []
     for a, t, idx, c in zip(answers, full, masks.targets, self.chance):
-        if self.training: c.observe(t)
+        if self.training and t is not None: c.observe(t)
         losses.append(c.relative(distance(a.float(), gather(t, idx), c.kind).mean()) if idx.shape[1] else a.sum() * 0)
     return losses
 
@@ -154,6 +176,7 @@ def calibrate(self:HJEPA, pieces): # of (views, masks, ...): one whole batch
 def after_step(self:HJEPA, momentum:float): # EMA momentum of this step
     "Once per optimizer step, after it: the slow copy and the running chance levels move."
     ema_update(self.target, self.encoder, momentum)
+    if self.neck: ema_update(self.target_neck, self.neck, momentum)
     for c in (self.chance if self.levels_predicted else []): c.commit()
 
 # %% ../nbs/40_model.ipynb #76ff8c71
