@@ -94,7 +94,7 @@ def by_window(self:Encoder, keep, grid, B): # -> (B,K) the same patches, window 
     if h % m or w % m: raise ValueError(f"{h}x{w} patches are not tiled by windows of {m}x{m}: change the image size, or set windows=0.")
     n = torch.arange(h * w, device=self.norm.weight.device)
     keep = n.expand(B, -1) if keep is None else keep
-    order = (n // w // m * (w // m) + n % w // m)[keep].argsort(1, stable=True)
+    order = (n // w // m * (w // m) + n % w // m)[keep].argsort(dim=1, stable=True)
     return keep.gather(1, order), order.argsort(1)
 
 @patch
