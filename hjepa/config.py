@@ -82,6 +82,7 @@ class Encoder(Branch):
     stretch:bool = False              # another grid has the coordinates of the first one, not more of them
     act:Literal['gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'] = 'gelu' # of the MLPs; swiglu halves their inner width, so mlp=16/3 is as large as 4
     pre_norm:bool = False             # LayerNorm before the first block, as CLIP
+    final_norm:bool = True            # LayerNorm after the last block
     eps:float = Field(1e-6, gt=0)     # of every LayerNorm
     windows:int = Field(0, ge=0)      # the first blocks attend only within windows, the cells of the coarsest level below the top
     patches:tuple[int, ...] = ()      # sizes of patches, pixels, one drawn each step (FlexiViT): each a level's cell; () = always `patch`

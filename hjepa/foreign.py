@@ -132,7 +132,6 @@ def _lacks(net): # yields what our encoder cannot do
     if type(e) is not PatchEmbed or not isinstance(e.norm, nn.Identity) or e.proj.in_channels != 3: yield 'its patch embedding is more than one map of colours'; return
     if len(set(e.patch_size)) > 1 or len(set(e.grid_size)) > 1: yield 'its patches or its grid are not square'
     if any(type(b) is not Block or type(b.attn) is not Attention for b in bs): yield 'its blocks are not attention and MLP, one after the other'; return
-    if not isinstance(net.norm, nn.LayerNorm): yield 'it ends without a LayerNorm over tokens'
     norms = [m for b in (net.norm_pre, bs, net.norm) for m in b.modules() if 'Norm' in type(m).__name__]
     if any(not isinstance(m, nn.LayerNorm) for m in norms): yield f'it normalises by {type(norms[0]).__name__}'
     elif len({m.eps for m in norms}) > 1: yield 'its LayerNorms differ in epsilon'
@@ -153,8 +152,9 @@ def encoder_fields(net:VisionTransformer) -> dict: # of `encoder` in a recipe
     hidden = b.mlp.fc1.out_features
     mlp = next(m for m in (hidden / D, (hidden + .5) / D) if int(D * m) == hidden)
     return dict(patch=net.patch_embed.patch_size[0], dim=D, depth=len(net.blocks), heads=b.attn.num_heads, mlp=mlp, registers=net.num_prefix_tokens,
-        layer_scale=None if isinstance(b.ls1, nn.Identity) else 1e-5, qk_norm=not isinstance(b.attn.q_norm, nn.Identity), act=_act(b.mlp), eps=net.norm.eps,
-        positions='none' if net.pos_embed is None else 'learned', stretch=net.pos_embed is not None, pre_norm=not isinstance(net.norm_pre, nn.Identity))
+        layer_scale=None if isinstance(b.ls1, nn.Identity) else 1e-5, qk_norm=not isinstance(b.attn.q_norm, nn.Identity), act=_act(b.mlp), eps=b.norm1.eps,
+        positions='none' if net.pos_embed is None else 'learned', stretch=net.pos_embed is not None,
+        pre_norm=not isinstance(net.norm_pre, nn.Identity), final_norm=not isinstance(net.norm, nn.Identity))
 
 NAMES = (('blocks', 'blocks'), ('pre.', 'norm_pre.'), ('mlp.0', 'mlp.fc1'), ('mlp.2', 'mlp.fc2'), ('gain1', 'ls1.gamma'), ('gain2', 'ls2.gamma'), ('embed.proj', 'patch_embed.proj'))
 
@@ -194,12 +194,12 @@ def _shell(enc): # a timm network of our encoder's shape
     for bad, why in ((not isinstance(enc.embed.proj, nn.Linear), 'a convolutional stem'), (enc.windows, 'windowed blocks'), (rotary and kind != 'gelu', f'rotary positions with {kind}'),
                      (enc.positions == 'mixed' and R, 'mixed rotary positions with registers')):
         if bad: raise HJEPAError(f"timm has no network with {why}: save the model with model.save(path), and load it with hjepa.")
-    pre, gain = not isinstance(enc.pre, nn.Identity), None if b.gain1 is None else 1.
+    pre, final, gain = not isinstance(enc.pre, nn.Identity), not isinstance(enc.norm, nn.Identity), None if b.gain1 is None else 1.
     kw = dict(img_size=enc.grid * enc.embed.p, patch_size=enc.embed.p, embed_dim=D, depth=enc.depth, num_heads=enc.heads, mlp_ratio=(b.mlp[0].out_features + .5) / D, num_classes=0,
-              class_token=False, global_pool='avg', qk_norm=not isinstance(b.attn.q_norm, nn.Identity), init_values=gain, no_embed_class=True, norm_layer=partial(LayerNorm, eps=enc.norm.eps))
-    if rotary: return Eva(**kw, num_reg_tokens=R, attn_type='rope', use_fc_norm=False, use_post_transformer_norm=True, use_pre_transformer_norm=pre, use_abs_pos_emb=pre, use_rot_pos_emb=True,
+              class_token=False, global_pool='avg', qk_norm=not isinstance(b.attn.q_norm, nn.Identity), init_values=gain, no_embed_class=True, norm_layer=partial(LayerNorm, eps=b.norm1.eps))
+    if rotary: return Eva(**kw, num_reg_tokens=R, attn_type='rope', use_fc_norm=False, use_post_transformer_norm=final, use_pre_transformer_norm=pre, use_abs_pos_emb=pre, use_rot_pos_emb=True,
         rope_type={'axial': 'cat'}.get(enc.positions, 'mixed'), rope_temperature=enc.theta, rope_grid_offset=.5, rope_grid_indexing='ij')
-    return VisionTransformer(**kw, reg_tokens=R, fc_norm=False, pre_norm=pre,
+    return VisionTransformer(**kw, reg_tokens=R, fc_norm=False, final_norm=final, pre_norm=pre,
         **(dict(mlp_layer=partial(GluMlp, gate_last=False), act_layer=nn.SiLU) if kind == 'swiglu' else dict(act_layer=kind)))
 
 # %% ../nbs/42_foreign.ipynb #9516a30b

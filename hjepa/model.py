@@ -102,7 +102,7 @@ def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None, unit=
 def levels(self:HJEPA, x:Tensor, pooled=False, unit=0) -> list: # (B,3,H,W) uint8 or float in [0,1] -> per level, from the unit on, (B,N_l,D) float32
     "Features of every level, as judged by `hjepa.evaluate`."
     d = self.recipe.data
-    dev = self.encoder.norm.weight.device
+    dev = self.encoder.blocks[0].norm1.weight.device
     return self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled, unit=unit)[unit:]
 
 # %% ../nbs/40_model.ipynb #a0558136
@@ -197,7 +197,7 @@ def step_cost(self:HJEPA, batch:int=4) -> dict: # flops_per_image, tokens per im
     from torch.utils.flop_counter import FlopCounterMode
     from torch.nn.attention import sdpa_kernel, SDPBackend
     r, m = self.recipe, copy.deepcopy(self).train()
-    dev, V = m.encoder.norm.weight.device, r.views.count
+    dev, V = m.encoder.blocks[0].norm1.weight.device, r.views.count
     masks = m.draw_masks(V*batch, device=dev)
     views = torch.zeros(V, batch, 3, r.data.image, r.data.image, device=dev)
     n, s = r.views.local, r.views.local_size

@@ -59,7 +59,7 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('encoder.patch', 8, {'masks.hidden': (3, 1)}), ('encoder.dim', 24), ('encoder.depth', 3), ('encoder.heads', 4), ('encoder.mlp', 2.), ('encoder.stem', 'conv'),
     ('encoder.registers', 1), ('encoder.layer_scale', .1), ('encoder.drop_path', .5), ('encoder.qk_norm', True), ('encoder.theta', 10.),
     ('encoder.positions', 'mixed'), ('encoder.positions', 'sincos'), ('encoder.positions', 'learned'), ('encoder.positions', 'none'), ('encoder.stretch', True, {'views.local': 2}),
-    ('encoder.act', 'swiglu'), ('encoder.act', 'gelu_tanh'), ('encoder.act', 'quick_gelu'), ('encoder.pre_norm', True), ('encoder.eps', 1e-3), ('encoder.windows', 1, {'masks.hidden': (0, 3)}),
+    ('encoder.act', 'swiglu'), ('encoder.act', 'gelu_tanh'), ('encoder.act', 'quick_gelu'), ('encoder.pre_norm', True), ('encoder.final_norm', False), ('encoder.eps', 1e-3), ('encoder.windows', 1, {'masks.hidden': (0, 3)}),
     ('encoder.patches', (4, 8)), ('encoder.large_first', True, {'encoder.patches': (4, 8)}),
     ('levels.pool', 'max'), ('levels.pool', 'attention'), ('levels.pool', 'conv'), ('levels.fpn', True), ('levels.across', True), ('levels.slots', 3),
     ('levels.cells', (1, 4)), ('levels.top', False, {'levels.depths': (1, 2)}), ('levels.depths', (2, 2, 2)), ('levels.depths', (1, 2, 1)), ('levels.weights', (1., .5)),

@@ -25,7 +25,7 @@ class Encoder(nn.Module):
         layer_scale:float|None=None, drop_path:float=0., qk_norm:bool=False, theta:float=100.,
         checkpoint:bool=False,          # recompute activations in the backward pass
         positions:str='axial', stretch:bool=False, # 'axial', 'mixed', 'sincos', 'learned', 'none'; another grid gets the coordinates of the first one, not more of them
-        act:str='gelu', pre_norm:bool=False, eps:float=1e-6, # of the MLPs; LayerNorm before the first block; of every LayerNorm
+        act:str='gelu', pre_norm:bool=False, final_norm:bool=True, eps:float=1e-6, # of the MLPs; LayerNorm before the first block, after the last; of each of them
         windows:int=0, window:int=4,    # the first blocks attend within windows; their side, patches
     ):
         super().__init__()
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         self.registers = nn.Parameter(torch.randn(1, registers, dim) * .02) if registers else None
         rates = [drop_path * i / max(depth-1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, mlp, layer_scale, r, qk_norm, act=act, eps=eps) for r in rates)
-        self.pre, self.norm = nn.LayerNorm(dim, eps=eps) if pre_norm else nn.Identity(), nn.LayerNorm(dim, eps=eps)
+        self.pre, self.norm = [nn.LayerNorm(dim, eps=eps) if on else nn.Identity() for on in (pre_norm, final_norm)]
         self.apply(init_weights)
         if positions == 'mixed': self.freq = nn.Parameter(mixed_frequencies(depth, heads, dim // heads, theta).flatten()) # flat: not a matrix, no weight decay
         if positions == 'learned': self.table = nn.Embedding(self.grid**2, dim); nn.init.normal_(self.table.weight, std=.02)
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 @patch
 def places(self:Encoder, grid, cell=1.) -> Tensor: # (h,w) of an image, side of its patches in patches of training -> (N,2)
     "Coordinates of an image's patches."
-    pos = centres(*grid, cell, device=self.norm.weight.device)
+    pos = centres(*grid, cell, device=self.blocks[0].norm1.weight.device)
     return pos * self.grid / (pos.new_tensor(grid) * cell) if self.stretch else pos
 
 @patch
@@ -92,7 +92,7 @@ def by_window(self:Encoder, keep, grid, B): # -> (B,K) the same patches, window 
     "Sort visible patches by window."
     (h, w), m = grid, self.window
     if h % m or w % m: raise ValueError(f"{h}x{w} patches are not tiled by windows of {m}x{m}: change the image size, or set windows=0.")
-    n = torch.arange(h * w, device=self.norm.weight.device)
+    n = torch.arange(h * w, device=self.blocks[0].norm1.weight.device)
     keep = n.expand(B, -1) if keep is None else keep
     order = (n // w // m * (w // m) + n % w // m)[keep].argsort(dim=1, stable=True)
     return keep.gather(1, order), order.argsort(1)
