@@ -230,7 +230,7 @@ def patch_problems(r, e, cells, g):
     "Patch sizes that no level offers, or that leave no question."
     for s in e.patches:
         if s % e.patch or s // e.patch not in cells or g % (s // e.patch): yield f"encoder.patches has {s}, which is not the side of a level's cell ({', '.join(str(c * e.patch) for c in cells if g % c == 0)} pixels): choose from these."
-        elif r.prediction.weight and not any(r.masks.hidden[cells.index(s // e.patch):]): yield f"encoder.patches has {s}, but masks.hidden {r.masks.hidden} hides no cell of that size or larger, so nothing would be asked: hide some."
+        elif r.prediction.weight and not any(h and w for h, w in list(zip(r.masks.hidden, r.levels.weights))[cells.index(s // e.patch):]): yield f"encoder.patches has {s}, but masks.hidden {r.masks.hidden} and levels.weights {r.levels.weights} leave nothing to ask about cells of that size or larger: hide some."
     if len(set(e.patches)) < 2 or e.patch not in e.patches: yield f"encoder.patches {e.patches} must hold encoder.patch {e.patch} and another size: otherwise set encoder.patch alone."
     for on, what in ((e.windows, 'encoder.windows'), (e.stem == 'conv', 'encoder.stem=conv'), (r.levels.learned, 'a learned neck (levels.pool, fpn, across, slots)')):
         if on: yield f"encoder.patches resizes a linear patch embedding and changes the grid, and {what} is made for one size: use one of the two."

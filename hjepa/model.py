@@ -133,7 +133,7 @@ def forward(self:HJEPA,
     if self.levels_predicted:
         rows = self.predicted_rows(V, B)
         parts = self.predict(x[rows], ctx[rows], masks[rows])
-        w = self.recipe.levels.weights
+        w = (0,) * masks.unit + self.recipe.levels.weights[masks.unit:]
         pred = sum(a * b for a, b in zip(w, parts)) / sum(w)
         out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)}
         total = total + self.recipe.prediction.weight * pred

@@ -119,7 +119,7 @@ def test_targets_of_large_patches_are_levels_of_the_same_image():
     (dict(positions='learned', **{'views.local': 2}), 'encoder.stretch=True'), (dict(positions='learned', patches=(4, 8)), 'encoder.stretch=True'), (dict(act='swiglu', **{'encoder.mlp': 1.32}), 'makes them even'),
     (dict(large_first=True), 'gives none'), (dict(windows=2), 'leaves none of 2 blocks'), ({'windows': 1}, 'hides parts of them'), ({'windows': 1, 'masks.hidden': (0, 3), 'data.image': 36}, 'tile'),
     ({'windows': 1, 'masks.hidden': (0, 3), 'views.local': 1, 'views.local_size': 12}, 'local views included'), ({'windows': 1, 'patches': (4, 8), 'masks.hidden': (0, 3)}, 'use one of the two'),
-    (dict(patches=(4, 12)), "not the side of a level's cell"), (dict(patches=(8,)), 'must hold encoder.patch 4'), (dict(patches=(4, 8), **{'masks.hidden': (20, 0)}), 'nothing would be asked'),
+    (dict(patches=(4, 12)), "not the side of a level's cell"), (dict(patches=(8,)), 'must hold encoder.patch 4'), (dict(patches=(4, 8), **{'masks.hidden': (20, 0)}), 'leave nothing to ask'),
     (dict(patches=(4, 8), stem='conv'), 'stem=conv'), (dict(patches=(4, 8), fpn=True), 'a learned neck'), (dict(fpn=True, **{'whole.kind': 'none'}), 'only the whole-image loss trains'),
     (dict(pool='attention', **{'whole.weight': 0.}), 'only the whole-image loss trains'), (dict(slots=1), 'competes with nobody'), (dict(pool='conv', slots=2, **{'levels.cells': (1,), 'levels.depths': (1, 2), 'levels.weights': (1.,), 'masks.hidden': (20,)}), 'no level between'),
     (dict(fpn=True, **{'views.local': 1, 'views.local_size': 4}), 'smaller than the coarsest cell')], ids=lambda v: str(v)[:50])

@@ -58,7 +58,7 @@ def sample_masks(
             new = lowest(score + 9. * taken, k)
             gone |= holds(new, parent, h*w)
     for l in range(L): targets[l] = pick(gone, pyramid, l, origins[l], hidden, 0 if l < unit else None if predict is None else predict[l], generator)
-    gone, u = in_cells(gone, pyramid.parent(unit, origins[unit]), pyramid.sizes[unit]).any(2), pyramid.cells[unit]
+    u, gone = pyramid.cells[unit], in_cells(gone, pyramid.parent(unit), pyramid.sizes[unit]).any(2) if unit else gone
     context = (~gone).sort(dim=1, descending=True, stable=True).indices[:, :pyramid.sizes[unit] - sum(k * (c//u)**2 for k, c in zip(hidden, pyramid.cells))]
     return Masks(context.to(device), [t.to(device) for t in targets], origins, unit)
 
