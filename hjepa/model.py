@@ -92,12 +92,15 @@ def draw_masks(self:HJEPA, B:int, generator=None, device=None, progress=None) ->
 def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None, unit=0) -> list: # (B,C,H,W) normalised -> per level (B,N_l,D), None below the unit
     "Depth × scale targets from the slow encoder."
     n, q, P = levels or len(self.pyramid), self.recipe.encoder.patch, self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]])
-    origins, neck = origins or P.origins(), None if pooled else self.target_neck
-    depths = [self.depths[0]] * n if pooled else self.depths if neck else self.depths[:n]
-    hidden = [h.float() for h in self.target(x, depths=depths, p=q * P.cells[unit])]
-    if neck: cells = neck(hidden, P, origins)[0][:n]
-    else: cells = [None if l < unit else P.pool(h, l, origins[l], 'average' if pooled else self.recipe.levels.pool, unit) for l, h in enumerate(hidden)]
-    return [None if c is None else F.layer_norm(c.float(), c.shape[-1:]) for c in cells]
+    origins, depths = origins or P.origins(), [self.depths[0]] * n if pooled else self.depths if self.neck else self.depths[:n]
+    return self.cells(self.target(x, depths=depths, p=q * P.cells[unit]), P, origins, pooled, unit)[:n]
+
+@patch
+def cells(self:HJEPA, hidden:list, P:Pyramid, origins:list, pooled=False, unit=0) -> list: # per level (B,N,D), hidden tokens of its depth -> per level (B,N_l,D)
+    "Hidden layers of the slow encoder made into levels: pooled, or by the neck, and normalised."
+    if self.target_neck and not pooled: out = self.target_neck([h.float() for h in hidden], P, origins)[0]
+    else: out = [None if l < unit else P.pool(h.float(), l, origins[l], 'average' if pooled else self.recipe.levels.pool, unit) for l, h in enumerate(hidden)]
+    return [None if c is None else F.layer_norm(c.float(), c.shape[-1:]) for c in out]
 
 @patch
 @torch.no_grad()
@@ -106,6 +109,26 @@ def levels(self:HJEPA, x:Tensor, pooled=False, unit=0) -> list: # (B,3,H,W) uint
     d = self.recipe.data
     dev = self.encoder.blocks[0].norm1.weight.device
     return self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled, unit=unit)[unit:]
+
+# %% ../nbs/40_model.ipynb #57b10002
+@patch
+@torch.no_grad()
+def read(self:HJEPA,
+    x:Tensor, # (B,3,H,W) uint8 or float in [0,1]
+    what=('levels', 'pooled_l0', 'blocks'), # what is wanted
+) -> dict: # name -> list of (B,N_l,D) float32, one a level or block
+    "Levels, their control and all blocks, from one pass of the target encoder."
+    d, dev = self.recipe.data, self.encoder.blocks[0].norm1.weight.device
+    of = dict(levels=self.depths, pooled_l0=self.depths[:1] * len(self.pyramid), blocks=range(1, self.target.depth + 1))
+    order = sorted({k for w in what for k in of[w]})
+    hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
+    P, of = self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]]), {w: [hidden[k] for k in of[w]] for w in what}
+    return {w: [F.layer_norm(h.float(), h.shape[-1:]) for h in hs] if w == 'blocks' else self.cells(hs, P, P.origins(), w == 'pooled_l0') for w, hs in of.items()}
+
+@patch
+def blocks(self:HJEPA, x:Tensor) -> list: # (B,3,H,W) uint8 or float in [0,1] -> a (B,N_0,D) float32 a block
+    "The whole patch grid after every block of the target encoder, normalised over channels."
+    return self.read(x, ('blocks',))['blocks']
 
 # %% ../nbs/40_model.ipynb #a0558136
 @patch
@@ -119,26 +142,6 @@ def look(self:HJEPA, x:Tensor, masks:Masks|None=None): # (B,C,H,W) normalised; N
         seen = torch.zeros(len(x), P.sizes[0], dtype=torch.bool, device=x.device).scatter(1, keep, True)
         maps = [m.new_zeros(*seen.shape, m.shape[-1]).scatter(1, keep[..., None].expand_as(m), m) for m in maps]
     return t, code(*self.neck(maps, P, masks.origins if masks else P.origins(), seen))
-
-# %% ../nbs/40_model.ipynb #57b10002
-@patch
-@torch.no_grad()
-def read(self:HJEPA,
-    x:Tensor, # (B,3,H,W) uint8 or float in [0,1]
-    what=('levels', 'pooled_l0', 'blocks'), # what is wanted
-) -> dict: # name -> list of (B,N_l,D) float32, one a level or block
-    "Levels, their control and all blocks, from one pass of the target encoder."
-    d, dev = self.recipe.data, self.encoder.norm.weight.device
-    of = dict(levels=self.depths, pooled_l0=self.depths[:1] * len(self.pyramid), blocks=range(1, self.target.depth + 1))
-    order = sorted({k for w in what for k in of[w]})
-    hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
-    grid = lambda w, t, l: t if w == 'blocks' else self.pyramid.pool(t, l)
-    return {w: [F.layer_norm(t := grid(w, hidden[k].float(), l), t.shape[-1:]) for l, k in enumerate(of[w])] for w in what}
-
-@patch
-def blocks(self:HJEPA, x:Tensor) -> list: # (B,3,H,W) uint8 or float in [0,1] -> a (B,N_0,D) float32 a block
-    "The whole patch grid after every block of the target encoder, normalised over channels."
-    return self.read(x, ('blocks',))['blocks']
 
 # %% ../nbs/40_model.ipynb #4a3465b4
 @patch

@@ -63,6 +63,15 @@ def test_a_neck_on_an_odd_grid_follows_the_origins():
     a, b = m.targets(x, [(0, 0)]*4), m.targets(x, [(0, 0), (0, 0), (2, 2), (0, 0)])
     assert not torch.allclose(a[1], b[1]) and torch.equal(a[3], b[3])                      # another parent speaks to a cell, the whole is the whole
 
+@pytest.mark.parametrize('kw', [dict(), dict(pool='max'), dict(pool='conv', fpn=True, across=True, slots=2), dict(positions='sincos')], ids=str)
+@pytest.mark.parametrize('size', [32, 48])
+def test_one_pass_reads_what_two_do(kw, size):
+    m, x = build(tiny(**kw)).eval(), images(3, size)
+    if m.target_neck: [p.data.add_(torch.randn_like(p) * .1) for p in m.target_neck.parameters()]
+    got = m.read(x)
+    for w, want in (('levels', m.levels(x)), ('pooled_l0', m.levels(x, pooled=True))): assert all(torch.equal(a, b) for a, b in zip(got[w], want, strict=True))
+    assert [b.shape[1] for b in got['blocks']] == [(size // 4)**2] * 2
+
 def test_windows_are_a_mask_between_windows():
     "Against the same blocks with full attention and an explicit mask."
     torch.manual_seed(0); e = Encoder(32, 4, 32, 3, 4, windows=2, window=4, positions='mixed').eval(); x = torch.randn(2, 3, 32, 32)
