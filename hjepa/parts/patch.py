@@ -6,9 +6,8 @@
 __all__ = ['patchify', 'unpatchify', 'gather', 'PatchStem', 'resize_matrix', 'PatchEmbed']
 
 # %% ../../nbs/parts/20_patch.ipynb #f4e6ca1a
-import math
+import math, torch
 from functools import lru_cache
-import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 

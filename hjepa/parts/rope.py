@@ -6,8 +6,7 @@
 __all__ = ['centres', 'rotations', 'rotate', 'mixed_frequencies', 'mixed_rotations', 'sincos', 'resample']
 
 # %% ../../nbs/parts/21_rope.ipynb #ec7fad5c
-import math
-import torch
+import math, torch
 from torch import Tensor
 import torch.nn.functional as F
 
