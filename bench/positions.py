@@ -8,9 +8,11 @@ An encoder may give the larger grid larger coordinates ('grow') or the old ones,
 training, on the same weights. Features: the slow encoder's last block, averaged over the image. Two linear probes: `carried` was
 fitted at 32 pixels, `fresh` at the resolution it is asked at. Probes are fitted on --images training images and asked on as many
 others, which the encoders have not seen; the test split is never read. Controls: the same-seed untrained encoder, and raw pixels
-averaged to 8x8. The interval is over images (bootstrap) for a row, over seeds (range) in the summary.
+averaged to 8x8. The interval is over images (bootstrap) for a row, over seeds (range) in the summary. Stopped and started again, it goes on
+where it was.
 """
 import argparse, json, statistics, sys
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from hjepa.bench import machine
@@ -53,14 +55,14 @@ def main():
     train, test, rest = whole.subset(i), whole.subset(j), whole.subset(keep.nonzero()[:, 0])
     r = recipe('cifar10-cpu', **{'encoder.patch': 4, 'encoder.dim': a.dim, 'encoder.depth': a.depth, 'encoder.heads': a.heads, 'levels.depths': (a.depth,) * 3, 'masks.hidden': (8, 6), 'masks.predict': (8, 6),
         'train.batch': a.batch, 'train.steps': a.steps, 'train.monitor': 0, 'train.device': a.device})
+    raw = [F.adaptive_avg_pool2d(normalise(x.images, r.data.mean, r.data.std), 8).flatten(1) for x in (train, test)]
+    pixels = linear_probe(raw[0], train.labels, raw[1], test.labels).json()
     for seed in a.seeds:
         for kind in a.kinds:
             q, tag = change(r, seed=seed, **{'encoder.positions': kind}), dict(positions=kind, seed=seed)
-            for trained, model in ((False, build(q).to(a.device).eval()), (True, fit(q, data=rest, out=f'{a.out}/{kind}-{seed}', fresh=True).model)):
+            for trained, model in ((False, build(q).to(a.device).eval()), (True, fit(q, data=rest, out=f'{a.out}/{kind}-{seed}').model)):
                 if trained or seed == a.seeds[0]: found += rows(model, dict(tag, trained=trained), train, test, sizes, a.device)
-    raw = [F.adaptive_avg_pool2d(normalise(s.images, r.data.mean, r.data.std), 8).flatten(1) for s in (train, test)]
-    json.dump(dict(machine(a.device), command=' '.join(['python', *sys.argv]), recipe=r.model_dump(mode='json'), pixels=linear_probe(raw[0], train.labels, raw[1], test.labels).json(),
-        summary=summary(found), rows=found), open(a.json, 'w'), indent=1)
+            Path(a.json).write_text(json.dumps(dict(machine(a.device), command=' '.join(['python', *sys.argv]), recipe=r.model_dump(mode='json'), pixels=pixels, summary=summary(found), rows=found), indent=1) + '\n')
 
 def summary(found):
     "Mean and range over seeds, in points."
