@@ -21,7 +21,7 @@ from .style import save
 from .files import DataError, data_root, write
 from .data.sets import NoSplit, load as load_images
 from .data.look import describe, in_words, show
-from .model import load, untrained
+from .model import load, load_pretrained, untrained
 from .foreign import foreign
 from .evaluate.card import compare, names, pts, table
 from .evaluate.suite import SUITES, evaluate as run_suite
@@ -98,17 +98,20 @@ def judge(args, model, twin, data, labelled, folder, out, run=None):
     say_json(args, rep)
 
 def evaluate(args):
-    "Judge a saved model, or one of timm's."
+    "Judge a saved model, one that comes with the package, or one of timm's."
     change = overrides(args.change) | ({'data.name': args.data} if args.data else {})
     if args.model.startswith('timm:'): return evaluate_foreign(args, change)
-    path = Path(args.model); folder = path if path.is_dir() else path.parent
-    model = load(path)
+    kind, _, name = args.model.partition(':')
+    shipped = load_pretrained(name) if kind == 'pretrained' else None
+    path = Path(f'runs/pretrained-{name}' if shipped else args.model); folder = path if path.is_dir() or shipped else path.parent
+    model = shipped or load(path)
     if bad := [k for k in change if full_key(k) not in ('data.name', 'data.labelled')]:
         raise HJEPAError(f"'{bad[0]}' belongs to the training, which is over: evaluate changes data.name and data.labelled only.")
     r = recipe(model.recipe, **change)
     if r != model.recipe and not args.out and (folder / 'report.json').exists(): raise HJEPAError("With other data or labels the report of the run would be overwritten: say where this one goes with --out FOLDER.")
     facts = folder / 'run.json'
-    judge(args, model, untrained(model.recipe), sets_of(r), r.data.labelled, folder, args.out or folder, json.loads(facts.read_text()) if facts.exists() else None)
+    run = shipped.facts if shipped else json.loads(facts.read_text()) if facts.exists() else None
+    judge(args, model, untrained(model.recipe), sets_of(r), r.data.labelled, folder, args.out or folder, run)
 
 def evaluate_foreign(args, change:dict):
     "Judge a timm model beside its own untrained twin."
@@ -194,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument('--fallback', action='store_true', help='use the embedded scenes if the data cannot be had')
     q.add_argument('--no-report', action='store_true', help='train only'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(evaluate, 'evaluate', 'write the report card of a model', 'hjepa evaluate runs/demo --suite standard')
-    q.add_argument('model', help='a run directory, a model.safetensors, or timm:NAME'); q.add_argument('change', **more)
+    q.add_argument('model', help='a run directory, a model.safetensors, pretrained:NAME, or timm:NAME'); q.add_argument('change', **more)
     q.add_argument('--suite', default='quick', choices=list(SUITES), help='quick: the card; standard: also few labels, other probes, views, corrupted images; full: all of those, and fine-tuning (default: quick)')
     q.add_argument('--data', metavar='NAME', help='judge on another data set (with --out)')
     q.add_argument('--out', help='where the report goes (default: beside the model)'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
