@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Beta', 'recipes', 'HJEPAError', 'nearest', 'Branch', 'Data', 'Views', 'Encoder', 'Levels', 'Masks',
-           'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'mask_problems', 'view_problems',
+           'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'encoder_problems',
+           'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'loss_problems', 'weight_problems',
            'length_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml', 'cifar10_cpu',
            'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe']
 
@@ -77,13 +78,34 @@ class Encoder(Branch):
     qk_norm:bool = False              # normalise queries and keys per head
     theta:float = Field(100., gt=0)   # base of the rotary frequencies
     checkpoint:bool = False           # recompute activations in the backward pass
+    positions:Literal['axial', 'mixed', 'sincos', 'learned', 'none'] = 'axial' # rotary along the axes, or along learned directions; added sines, or a learned table
+    stretch:bool = False              # another grid has the coordinates of the first one, not more of them
+    act:Literal['gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'] = 'gelu' # of the MLPs; swiglu halves their inner width, so mlp=16/3 is as large as 4
+    pre_norm:bool = False             # LayerNorm before the first block, as CLIP
+    final_norm:bool = True            # LayerNorm after the last block
+    eps:float = Field(1e-6, gt=0)     # of every LayerNorm
+    windows:int = Field(0, ge=0)      # the first blocks attend only within windows, the cells of the coarsest level below the top
+    patches:tuple[int, ...] = ()      # sizes of patches, pixels, one drawn each step (FlexiViT): each a level's cell; () = always `patch`
+    large_first:bool = False          # they come in equal shares of the run, the largest first
 
 # %% ../nbs/00_config.ipynb #a0ffa3c9
 class Levels(Branch):
     cells:tuple[int, ...] = (1, 2, 4) # side of a cell at each level, patches; each divides the next
     top:bool = True                   # a last level: the whole image as one cell
-    depths:tuple[int, ...] = (4, 8, 12, 12) # block of the target encoder that each level reads
+    depths:tuple[int | tuple[int, ...], ...] = (4, 8, 12, 12) # block of the target encoder that each level reads, or a group of blocks: (4, (4, 8, 12), 12, 12)
+    join:Literal['concat', 'mean'] = 'concat' # a group's blocks stand side by side | are averaged
     weights:tuple[float, ...] = (1., 1., 1.) # of the prediction loss of each level but the top
+    weighting:Literal['fixed', 'uw-so', 'uw-o', 'learned', 'gradnorm'] = 'fixed' # what multiplies them: see hjepa.losses.weighting
+    temperature:float = Field(1., gt=0) # of weighting='uw-so': large = even
+    pool:Literal['average', 'max', 'attention', 'conv'] = 'average' # of the patches of a cell: see hjepa.parts.neck
+    fpn:bool = False                  # coarse levels speak to the finer ones below
+    across:bool = False               # cells of all levels attend to each other
+    slots:int = Field(0, ge=0)        # the top is the mean of slots that compete for patches; 0 = it is pooled
+
+    @property
+    def groups(self) -> list: return [(d,) if isinstance(d, int) else d for d in self.depths] # blocks of each level
+    @property
+    def learned(self) -> bool: return self.pool in ('attention', 'conv') or self.fpn or self.across or self.slots > 0
 
 class Masks(Branch):
     kind:Literal['nested', 'blocks'] = 'nested' # cells scattered at random, or rectangular multi-blocks
@@ -102,15 +124,19 @@ class Predictor(Branch):
 class Prediction(Branch):
     weight:float = Field(1., ge=0)    # of the mean over levels; 0 builds no predictor
     kind:Literal['smooth_l1', 'mse', 'cosine'] = 'smooth_l1'
+    targets:Literal['layer', 'whiten'] = 'layer' # normalised per token (LayerNorm), or whitened over the batch
+    gradient:bool = False             # let the loss move the targets as well; needs optim.ema = optim.ema_end = 0
+    visible:float = Field(0., ge=0)   # weight of predicting the seen patches too, nearest to the hidden ones most (V-JEPA 2.1: .5)
+    next_view:float = Field(0., ge=0)    # weight of predicting the next view's cells where they overlap
     share:float = Field(1., gt=0, le=1) # of the view images that are predicted, each step
     momentum:float = Field(.99, ge=0, lt=1) # of the running mean target and chance level
     floor:float = Field(.01, gt=0)    # a chance level below it means collapsed targets
 
 # %% ../nbs/00_config.ipynb #c7b7e952
 class Whole(Branch):
-    kind:str = 'sigreg'               # sigreg, vicreg, none, or the dotted path of a class of yours
+    kind:str | dict[str, float] = 'sigreg' # sigreg, vicreg, visreg, barlow, infonce, none, the dotted path of a class of yours, or weights: {sigreg: 1, infonce: .1}
     weight:float = Field(1., ge=0)
-    args:dict = {}                    # keyword arguments of that class
+    args:dict = {}                    # keyword arguments of that class; with weights by name: {sigreg: {lam: .05}}
     hidden:int = Field(1024, gt=0)    # hidden width of the projector
     dim:int = Field(64, gt=0)         # output width of the projector
 
@@ -174,7 +200,9 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     e, lv, m, g = r.encoder, r.levels, r.masks, r.grid
     if r.data.image % e.patch: yield f"data.image {r.data.image} is not divisible by encoder.patch {e.patch}: choose a patch that tiles the image."
     for what, b in (('encoder', e), ('predictor', r.predictor)):
-        if b.dim % b.heads or (b.dim // b.heads) % 4:
+        turned = what == 'predictor' or e.positions in ('axial', 'mixed') or lv.across
+        if b.dim % b.heads: yield f"{what}.dim {b.dim} is not divisible by {b.heads} heads: choose a multiple."
+        elif turned and (b.dim // b.heads) % 4:
             yield f"{what}.dim {b.dim} over {b.heads} heads leaves {b.dim/b.heads:g} a head: rotary positions need a multiple of 4."
     if not lv.cells or lv.cells[0] != 1 or any(b % a or b <= a for a, b in zip(lv.cells, lv.cells[1:])):
         yield f"levels.cells {lv.cells} do not nest: start at 1 and let each divide the next, as in (1, 2, 4)."
@@ -183,10 +211,52 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     if e.stem == 'conv' and e.patch not in (4, 8, 16, 32): yield f"encoder.stem conv halves a patch down to one point and cannot do so with encoder.patch {e.patch}: use 4, 8, 16, 32 or stem=linear."
     n = len(lv.cells) + lv.top
     if len(lv.depths) != n: yield f"levels.depths has {len(lv.depths)} entries for {n} levels{' (the top counts)' if lv.top else ''}: give one block a level."
-    if not all(0 < d <= e.depth for d in lv.depths): yield f"levels.depths {lv.depths} reaches outside the encoder's blocks 1 to {e.depth}: lower it."
+    if any(not g or sorted(set(g)) != list(g) for g in lv.groups): yield f"levels.depths {lv.depths} has a group that is empty or not in rising order: write it as (4, 8, 12)."
+    if not all(0 < d <= e.depth for g in lv.groups for d in g): yield f"levels.depths {lv.depths} reaches outside the encoder's blocks 1 to {e.depth}: lower it."
+    yield from encoder_problems(r, e, lv.cells, g)
+    yield from level_problems(r, lv)
     yield from mask_problems(r, g, lv.cells, m)
     yield from view_problems(r.data, r.views, e.patch, r.whole.kind)
+    yield from loss_problems(r, r.prediction, lv, r.whole)
     yield from length_problems(r)
+
+# %% ../nbs/00_config.ipynb #c71ba392
+def encoder_problems(r, e, cells, g):
+    "Switches of the encoder that exclude each other."
+    other = r.views.local and r.views.local_size // e.patch != g
+    if e.positions == 'sincos' and e.dim % 4: yield f"encoder.dim {e.dim} must be a multiple of 4 for sin-cos positions: change it, or encoder.positions."
+    if e.positions == 'none' and e.stretch: yield "encoder.stretch is set, but positions=none has no coordinates to stretch: unset one."
+    if e.positions == 'learned' and not e.stretch and (other or e.patches): yield "encoder.positions learned has a table for one grid, and local views or encoder.patches bring others: set encoder.stretch=True, or choose sincos or rotary positions."
+    if e.act == 'swiglu' and int(e.dim * e.mlp) % 2: yield f"encoder.act swiglu halves {int(e.dim * e.mlp)} hidden channels: choose an encoder.mlp that makes them even."
+    if e.large_first and not e.patches: yield "encoder.large_first orders patch sizes, and encoder.patches gives none: list some, as in (4, 8)."
+    if e.windows and cells:
+        c = cells[-1]
+        if e.windows >= e.depth: yield f"encoder.windows {e.windows} leaves none of {e.depth} blocks to see the whole image: lower it."
+        if not 1 < c < g: yield f"encoder.windows attends within the coarsest cells, and {c}x{c} patches on a {g}x{g} grid are no windows: change levels.cells, or set windows=0."
+        elif g % c or (r.views.local and r.views.local_size // e.patch % c): yield f"encoder.windows needs grids that {c}x{c} cells tile, local views included: change data.image, views.local_size, levels.cells, or set windows=0."
+        if any(r.masks.hidden[:-1]): yield f"encoder.windows needs windows that are seen whole or not at all, and masks.hidden {r.masks.hidden} hides parts of them: hide coarsest cells only, as in {(0,) * (len(cells) - 1) + (max(1, r.masks.hidden[-1]),)}."
+    if e.patches: yield from patch_problems(r, e, cells, g)
+
+def patch_problems(r, e, cells, g):
+    "Patch sizes that no level offers, or that leave no question."
+    for s in e.patches:
+        if s % e.patch or s // e.patch not in cells or g % (s // e.patch): yield f"encoder.patches has {s}, which is not the side of a level's cell ({', '.join(str(c * e.patch) for c in cells if g % c == 0)} pixels): choose from these."
+        elif r.prediction.weight and not any(h and w for h, w in list(zip(r.masks.hidden, r.levels.weights))[cells.index(s // e.patch):]): yield f"encoder.patches has {s}, but masks.hidden {r.masks.hidden} and levels.weights {r.levels.weights} leave nothing to ask about cells of that size or larger: hide some."
+    if len(set(e.patches)) < 2 or e.patch not in e.patches: yield f"encoder.patches {e.patches} must hold encoder.patch {e.patch} and another size: otherwise set encoder.patch alone."
+    for on, what in ((e.windows, 'encoder.windows'), (e.stem == 'conv', 'encoder.stem=conv'), (r.levels.learned, 'a learned neck (levels.pool, fpn, across, slots)')):
+        if on: yield f"encoder.patches resizes a linear patch embedding and changes the grid, and {what} is made for one size: use one of the two."
+
+def level_problems(r, lv):
+    "Pooling and necks that would do nothing, or never learn."
+    n, e = len(lv.cells) + lv.top, r.encoder
+    if lv.learned and (r.whole.kind == 'none' or not r.whole.weight): yield "levels.pool, fpn, across or slots have weights that only the whole-image loss trains, and it is off: switch it on, or use pool=average or max."
+    if lv.pool == 'conv' and len(lv.cells) < 2: yield "levels.pool conv has no level between patches and top to make: add a cell size, or use another pool."
+    if lv.pool in ('max', 'attention') and n < 2: yield f"levels.pool {lv.pool} has nothing to pool, since patches are the only level: add a level."
+    if (lv.fpn or lv.across) and n < 2: yield "levels.fpn and levels.across join levels, and there is one: add a level, or switch them off."
+    if lv.slots and not lv.top: yield "levels.slots make the top level, and levels.top is off: switch it on, or set slots=0."
+    if lv.slots == 1: yield "levels.slots is 1, and one slot competes with nobody: use 2 or more, or 0."
+    if lv.slots and lv.pool != 'average' and len(lv.cells) < 2: yield f"levels.pool {lv.pool} would pool only the top, which levels.slots make: use pool=average."
+    if lv.learned and r.views.local and lv.cells and r.views.local_size // e.patch < lv.cells[-1]: yield f"views.local_size {r.views.local_size} is smaller than the coarsest cell of {lv.cells[-1] * e.patch} pixels, which a neck must fill: enlarge it, or drop a level."
 
 # %% ../nbs/00_config.ipynb #f23a49fc
 def mask_problems(r, g, cells, m):
@@ -218,6 +288,30 @@ def view_problems(d, v, patch, whole):
         if not 0 < a <= b <= top or b == math.inf: yield f"views.{k} {a, b} is no range: give the smaller number first, both above 0{' and at most 1' if top == 1 else ''}."
     if v.local and v.local_size % patch: yield f"views.local_size {v.local_size} is not divisible by encoder.patch {patch}: choose a multiple."
     if v.local and whole == 'none': yield f"views.local is {v.local}, but only the whole-image loss looks at local views and whole.kind is 'none': set views.local=0 or switch it on."
+
+# %% ../nbs/00_config.ipynb #b90f6bca
+def loss_problems(r, p, lv, w):
+    "Losses that contradict each other, and switches that would switch nothing."
+    on = [k for k, off in (('visible', 0), ('next_view', 0), ('gradient', False), ('targets', 'layer')) if getattr(p, k) != off]
+    if on and not p.weight: yield f"prediction.{on[0]} is on but prediction.weight is 0, so nothing is predicted: give it a weight or leave {on[0]} out."
+    if p.gradient and (r.optim.ema or r.optim.ema_end): yield "prediction.gradient takes its targets from the online encoder, so no slow copy is used: set optim.ema=0 and optim.ema_end=0."
+    if p.gradient and w.kind == 'none': yield "prediction.gradient without a whole-image loss has an answer that needs no images, constant targets: set whole.kind=sigreg or prediction.gradient=false."
+    if p.next_view and r.views.count < 2: yield "prediction.next_view predicts another view, but views.count is 1: use 2 or set prediction.next_view=0."
+    if lv.join != 'concat' and all(len(g) == 1 for g in lv.groups): yield f"levels.join {lv.join} has nothing to join: give a level a group of blocks, as in levels.depths=[4, [4, 8, 12], 12, 12]."
+    if lv.learned and any(len(g) > 1 for g in lv.groups): yield "levels.pool, fpn, across or slots read one block a level, and levels.depths has groups: leave one out."
+    if isinstance(w.kind, dict) and ('none' in w.kind or not w.kind or not all(x > 0 for x in w.kind.values())): yield f"whole.kind {w.kind} must give each loss a weight above 0: leave out what should not count."
+    yield from weight_problems(r, lv)
+
+# %% ../nbs/00_config.ipynb #0915bfb6
+def weight_problems(r, lv):
+    "Adaptive weights that have nothing to weigh."
+    if lv.temperature != 1 and lv.weighting != 'uw-so': yield f"levels.temperature {lv.temperature:g} is read only by levels.weighting uw-so, and it is {lv.weighting}: choose that, or leave the temperature out."
+    if lv.weighting == 'fixed': return
+    if not r.prediction.weight or sum(w > 0 for w in lv.weights) < 2: yield f"levels.weighting {lv.weighting} balances levels and needs two whose levels.weights are above 0, and prediction.weight above 0: use fixed."
+    m, cells = r.masks, lv.cells
+    asked = m.predict or [sum(k * (b // c)**2 for k, b in zip(m.hidden[l:], cells[l:])) for l, c in enumerate(cells)]
+    if r.encoder.patches: yield f"levels.weighting {lv.weighting} needs a question at every level in every step, and encoder.patches leaves the levels below a large patch without: use fixed."
+    if any(w and not n for w, n in zip(lv.weights, asked)): yield f"levels.weighting {lv.weighting} needs a question at every level that counts: hide cells there, or set its levels.weights to 0."
 
 # %% ../nbs/00_config.ipynb #6e6f6a57
 def length_problems(r):
@@ -265,7 +359,7 @@ def change(r:Recipe, **kw) -> Recipe: # keys: 'optim.lr', optim__lr, or a short 
     for key, v in kw.items():
         *path, last = full_key(key).split('.')
         node = d
-        for p in path: node = node[p]
+        for p in path: node = node.setdefault(p, {})
         node[last] = v
         if path == ['train'] and last in ('epochs', 'steps', 'minutes') and v is not None:
             node.update({k: None for k in ('epochs', 'steps', 'minutes') if k != last})

@@ -178,11 +178,12 @@ def pieces(self:Trainer, images, step:int): # yields (views, masks), or (views, 
     "Draw views and masks for the whole batch from (seed, step); make this process's."
     r, world, rank = self.r, self.acc.num_processes, self.acc.process_index
     B, V, (draw, g) = r.train.batch, r.views.count, step_draws(r, step)
-    b, masks = B // world, self.model.draw_masks(V*B, g)
+    b, masks = B // world, self.model.draw_masks(V*B, g, progress=step / self.steps)
     for rows in torch.arange(rank*b, (rank+1)*b).chunk(r.train.accumulate):
         views, *local = self.views(images, draw[rows], rows - rank*b)
         m = masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
+        if r.prediction.next_view: local = [*local, None][:1] + [torch.cat((draw.box, draw.flip[..., None]), -1)[:, rows].to(self.device)]
         yield views, m, *local
 
 # %% ../nbs/61_train.ipynb #238c1862

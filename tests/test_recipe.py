@@ -58,6 +58,10 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('views.sigma', (2., 3.), {'views.blur': 1.}), ('views.local', 2), ('views.local_size', 8, {'views.local': 2}), ('views.local_scale', (.3, .5), {'views.local': 2}),
     ('encoder.patch', 8, {'masks.hidden': (3, 1)}), ('encoder.dim', 24), ('encoder.depth', 3), ('encoder.heads', 4), ('encoder.mlp', 2.), ('encoder.stem', 'conv'),
     ('encoder.registers', 1), ('encoder.layer_scale', .1), ('encoder.drop_path', .5), ('encoder.qk_norm', True), ('encoder.theta', 10.),
+    ('encoder.positions', 'mixed'), ('encoder.positions', 'sincos'), ('encoder.positions', 'learned'), ('encoder.positions', 'none'), ('encoder.stretch', True, {'views.local': 2}),
+    ('encoder.act', 'swiglu'), ('encoder.act', 'gelu_tanh'), ('encoder.act', 'quick_gelu'), ('encoder.pre_norm', True), ('encoder.final_norm', False), ('encoder.eps', 1e-3), ('encoder.windows', 1, {'masks.hidden': (0, 3)}),
+    ('encoder.patches', (4, 8)), ('encoder.large_first', True, {'encoder.patches': (4, 8)}),
+    ('levels.pool', 'max'), ('levels.pool', 'attention'), ('levels.pool', 'conv'), ('levels.fpn', True), ('levels.across', True), ('levels.slots', 3),
     ('levels.cells', (1, 4)), ('levels.top', False, {'levels.depths': (1, 2)}), ('levels.depths', (2, 2, 2)), ('levels.depths', (1, 2, 1)), ('levels.weights', (1., .5)),
     ('masks.kind', 'blocks'), ('masks.hidden', (3, 3)), ('masks.predict', (2, 1)), ('masks.blocks', 1, {'masks.kind': 'blocks', 'masks.hidden': (12, 2)}),
     ('masks.aspect', (.2, .3), {'masks.kind': 'blocks', 'masks.hidden': (12, 2)}),
@@ -69,6 +73,9 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('optim.clip', .01), ('optim.clip', None), ('optim.ema', .5), ('optim.ema_end', .5),
     ('train.batch', 10), ('train.accumulate', 2), ('train.epochs', 1.), ('train.steps', 4), ('train.minutes', .0001), ('train.precision', 'bf16'),
     ('train.log', 2), ('train.monitor', 1), ('train.tensorboard', True)]
+CHANGES += [('levels.depths', (1, (1, 2), 2)), ('levels.join', 'mean', {'levels.depths': (1, (1, 2), 2)}), ('levels.weighting', 'uw-so'), ('levels.temperature', 5., {'levels.weighting': 'uw-so'}),
+    ('prediction.targets', 'whiten'), ('prediction.gradient', True, {'optim.ema': 0., 'optim.ema_end': 0.}), ('prediction.visible', .5), ('prediction.next_view', .5),
+    ('whole.kind', {'sigreg': 1., 'infonce': .1}, {'whole.args': {}})] # losses
 ELSEWHERE = {'encoder.checkpoint', 'data.workers', 'data.labelled', 'train.device', 'train.compile', 'train.save'} # each in a test of its own
 
 def test_the_list_is_complete(): assert {c[0] for c in CHANGES} | ELSEWHERE == set(LEAVES)

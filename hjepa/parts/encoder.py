@@ -8,59 +8,99 @@ __all__ = ['Encoder']
 # %% ../../nbs/parts/23_encoder.ipynb #abf50af7
 import torch
 from torch import nn, Tensor
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
-from .patch import PatchEmbed
-from .rope import centres, rotations
+from .patch import PatchEmbed, gather
+from .rope import centres, mixed_frequencies, mixed_rotations, resample, rotations, sincos
 from .attention import Block, init_weights
 
 # %% ../../nbs/parts/23_encoder.ipynb #1b48f518
 class Encoder(nn.Module):
-    "Vision transformer over visible patches with rotary positions."
+    "Vision transformer over visible patches."
     def __init__(self,
-        image:int=32,     # side of the image, pixels
-        patch:int=4,      # side of a patch, pixels
+        image:int=32, patch:int=4,      # sides of the image and of a patch, pixels
         dim:int=192, depth:int=12, heads:int=3, mlp:float=4.,
-        stem:str='linear',              # see PatchEmbed
-        registers:int=0,                # tokens that stand for no patch
+        stem:str='linear', registers:int=0, # see PatchEmbed; tokens that stand for no patch
         layer_scale:float|None=None, drop_path:float=0., qk_norm:bool=False, theta:float=100.,
         checkpoint:bool=False,          # recompute activations in the backward pass
+        positions:str='axial', stretch:bool=False, # 'axial', 'mixed', 'sincos', 'learned', 'none'; another grid gets the coordinates of the first one, not more of them
+        act:str='gelu', pre_norm:bool=False, final_norm:bool=True, eps:float=1e-6, # of the MLPs; LayerNorm before the first block, after the last; of each of them
+        windows:int=0, window:int=4,    # the first blocks attend within windows; their side, patches
     ):
         super().__init__()
         self.grid, self.dim, self.depth, self.heads, self.theta, self.checkpoint = image // patch, dim, depth, heads, theta, checkpoint
+        self.positions, self.stretch, self.windows, self.window = positions, stretch, windows, window
         self.embed = PatchEmbed(patch, dim, stem=stem)
         self.registers = nn.Parameter(torch.randn(1, registers, dim) * .02) if registers else None
         rates = [drop_path * i / max(depth-1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp, layer_scale, r, qk_norm) for r in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp, layer_scale, r, qk_norm, act=act, eps=eps) for r in rates)
+        self.pre, self.norm = [nn.LayerNorm(dim, eps=eps) if on else nn.Identity() for on in (pre_norm, final_norm)]
         self.apply(init_weights)
+        if positions == 'mixed': self.freq = nn.Parameter(mixed_frequencies(depth, heads, dim // heads, theta).flatten()) # flat: not a matrix, no weight decay
+        if positions == 'learned': self.table = nn.Embedding(self.grid**2, dim); nn.init.normal_(self.table.weight, std=.02)
 
 # %% ../../nbs/parts/23_encoder.ipynb #25222641
 @patch
-def rope(self:Encoder, keep:Tensor|None, grid): # (B,K) -> cos, sin (B or 1,1,R+K,head)
-    "Rotations of the kept patches, with unturned registers in front."
-    pos = centres(*grid, device=self.norm.weight.device)
-    cos, sin = rotations(pos, self.dim // self.heads, self.theta)
-    if keep is None: cos, sin = cos[None], sin[None]
-    else: cos, sin = cos[keep], sin[keep]
-    if self.registers is not None:
-        r = cos.new_zeros(len(cos), self.registers.shape[1], cos.shape[-1])
-        cos, sin = torch.cat((r + 1, cos), 1), torch.cat((r, sin), 1)
-    return cos.unsqueeze(1), sin.unsqueeze(1)
+def places(self:Encoder, grid, cell=1.) -> Tensor: # (h,w) of an image, side of its patches in patches of training -> (N,2)
+    "Coordinates of an image's patches."
+    pos = centres(*grid, cell, device=self.blocks[0].norm1.weight.device)
+    return pos * self.grid / (pos.new_tensor(grid) * cell) if self.stretch else pos
+
+@patch
+def added(self:Encoder, grid, cell=1.) -> Tensor|None: # (N,D)
+    "Position vectors to be added to an image's patches, if that is the kind."
+    if self.positions == 'sincos': return sincos(self.places(grid, cell), self.dim, self.theta)
+    if self.positions != 'learned': return None
+    if grid != (self.grid,)*2 and not self.stretch: raise ValueError(f"A learned table of {self.grid}x{self.grid} positions has none for {grid[0]}x{grid[1]} patches: build the encoder with stretch=True.")
+    return resample(self.table.weight, grid)
+
+@patch
+def rope(self:Encoder, pos:Tensor, block:int, R:int): # (B or 1,K,2) -> cos, sin (B or 1,1 or heads,R+K,head), or None
+    "Rotations in a block, with R unturned registers in front."
+    if self.positions == 'axial': cos, sin = [t.unsqueeze(1) for t in rotations(pos, self.dim // self.heads, self.theta)]
+    elif self.positions == 'mixed': cos, sin = mixed_rotations(pos, self.freq.view(self.depth, self.heads, 2, -1)[block])
+    else: return None
+    return [F.pad(t, (0, 0, R, 0), value=v) for t, v in ((cos, 1.), (sin, 0.))] if R else (cos, sin)
 
 # %% ../../nbs/parts/23_encoder.ipynb #d08f7038
 @patch
 def forward(self:Encoder,
-    x:Tensor,               # (B,C,H,W) normalised images
-    keep:Tensor|None=None,  # (B,K) visible patches; None = all
-    depths=None,            # blocks to read, 1..depth; None = the last
+    x:Tensor, keep:Tensor|None=None, # (B,C,H,W) normalised images; (B,K) visible patches, None = all
+    depths=None, p:int=0, # blocks to read, 1..depth, None = the last; side of a patch, pixels, 0 = that of training
 ): # (B,K,D), or a list of them, one per entry of the depths asked for
     "Tokens of the visible patches. The last block's are normalised by the final LayerNorm, earlier ones are raw."
-    grid = (x.shape[2] // self.embed.p, x.shape[3] // self.embed.p)
-    rope, want, R, out = self.rope(keep, grid), depths or (self.depth,), 0, {}
-    x = self.embed(x, keep)
-    if self.registers is not None: x, R = torch.cat((self.registers.expand(len(x), -1, -1), x), 1), self.registers.shape[1]
-    for i, block in enumerate(self.blocks[:max(want)], 1):
-        x = checkpoint(block, x, rope, use_reentrant=False) if self.checkpoint and self.training and torch.is_grad_enabled() else block(x, rope)
-        if i in want: out[i] = (self.norm(x) if i == self.depth else x)[:, R:]
+    p, want, R, out, rope, undo = p or self.embed.p, depths or (self.depth,), 0, {}, None, None
+    grid, cell, B = (x.shape[2] // p, x.shape[3] // p), p / self.embed.p, len(x)
+    if self.windows: keep, undo = self.by_window(keep, grid, B)
+    at = lambda t: t[None] if keep is None else t[keep]
+    pos, add = at(self.places(grid, cell)), self.added(grid, cell)
+    x = self.embed(x, keep, p)
+    x = self.pre(x if add is None else x + at(add).to(x.dtype))
+    for i, block in enumerate(self.blocks[:max(want)]):
+        if i == self.windows and self.registers is not None: x, R = torch.cat((self.pre(self.registers).expand(B, -1, -1), x), 1), self.registers.shape[1]
+        if i in (0, self.windows) or self.positions == 'mixed': rope = self.rope(pos, i, R)
+        run = block if i >= self.windows else lambda x, rope, block=block: self.in_windows(block, x, rope)
+        x = checkpoint(run, x, rope, use_reentrant=False) if self.checkpoint and self.training and torch.is_grad_enabled() else run(x, rope)
+        if i + 1 in want: out[i+1] = (self.norm(x) if i + 1 == self.depth else x)[:, R:]
+    if undo is not None: out = {d: gather(t, undo) for d, t in out.items()}
     return [out[d] for d in depths] if depths else out[self.depth]
+
+# %% ../../nbs/parts/23_encoder.ipynb #85ecc158
+@patch
+def by_window(self:Encoder, keep, grid, B): # -> (B,K) the same patches, window by window; (B,K) their old places
+    "Sort visible patches by window."
+    (h, w), m = grid, self.window
+    if h % m or w % m: raise ValueError(f"{h}x{w} patches are not tiled by windows of {m}x{m}: change the image size, or set windows=0.")
+    n = torch.arange(h * w, device=self.blocks[0].norm1.weight.device)
+    keep = n.expand(B, -1) if keep is None else keep
+    order = (n // w // m * (w // m) + n % w // m)[keep].argsort(dim=1, stable=True)
+    return keep.gather(1, order), order.argsort(1)
+
+@patch
+def in_windows(self:Encoder, block, x:Tensor, rope): # (B,K,D), sorted by window -> the same
+    "A block that sees one window at a time; every window is seen whole or not at all."
+    k = self.window ** 2
+    cut = lambda t: t.unflatten(2, (-1, k)).transpose(1, 2).flatten(0, 1)      # (B,.,K,.) -> (B*windows,.,k,.)
+    y = block(cut(x[:, None])[:, 0], rope and [cut(t.expand(len(x), -1, -1, -1)) for t in rope])
+    return y.unflatten(0, (len(x), -1)).flatten(1, 2)

@@ -18,13 +18,11 @@ class Masks:
     context:Tensor  # (B,n) visible patches, ascending
     targets:list    # per level below the top: (B,M_l) hidden cells to predict, level-l indices
     origins:list    # per level: (y, x) corner of the level's grid, in patches
-    def __getitem__(self, rows): return Masks(self.context[rows], [t[rows] for t in self.targets], self.origins)
+    unit:int = 0    # the context are cells of this level, seen as large patches
+    def __getitem__(self, rows): return Masks(self.context[rows], [t[rows] for t in self.targets], self.origins, self.unit)
 
 # %% ../../nbs/parts/25_masking.ipynb #0d4e264f
-def lowest(
-    score:Tensor, # (B,N) to rank
-    k:int,        # how many
-) -> Tensor:      # (B,k) indices of the k lowest, in random order if the scores are
+def lowest(score:Tensor, k:int) -> Tensor: # (B,N) to rank; how many -> (B,k) their indices, in random order if the scores are
     "The k lowest of each row."
     return score.topk(k, dim=1, largest=False).indices
 
@@ -47,10 +45,10 @@ def sample_masks(
     kind:str='nested',    # 'nested': cells scattered at random; 'blocks': rectangles of cells
     blocks:int=2, aspect=(.75, 1.5), # rectangles per level, for 'blocks'
     generator=None,       # a CPU generator; the same draws give the same masks
-    device=None,
+    device=None, unit:int=0, # cells of this level are the patches
 ) -> Masks:
     "Draw masks for a batch."
-    n, L = pyramid.sizes[0], len(pyramid.cells)
+    n, L, hidden = pyramid.sizes[0], len(pyramid.cells), (0,)*unit + tuple(hidden[unit:])
     gone, origins, targets = torch.zeros(B, n, dtype=torch.bool), pyramid.origins(generator), [None]*L
     for l in reversed(range(L)):
         (h, w), parent, k = pyramid.grids[l], pyramid.parent(l, origins[l]), hidden[l]
@@ -59,9 +57,10 @@ def sample_masks(
             score = torch.rand(B, h*w, generator=generator) if kind == 'nested' else block_scores(B, h, w, blocks, k, aspect, generator)
             new = lowest(score + 9. * taken, k)
             gone |= holds(new, parent, h*w)
-    for l in range(L): targets[l] = pick(gone, pyramid, l, origins[l], hidden, None if predict is None else predict[l], generator)
-    context = (~gone).sort(dim=1, descending=True, stable=True).indices[:, :n - sum(k*c*c for k, c in zip(hidden, pyramid.cells))]
-    return Masks(context.to(device), [t.to(device) for t in targets], origins)
+    for l in range(L): targets[l] = pick(gone, pyramid, l, origins[l], hidden, 0 if l < unit else None if predict is None else predict[l], generator)
+    u, gone = pyramid.cells[unit], in_cells(gone, pyramid.parent(unit), pyramid.sizes[unit]).any(2) if unit else gone
+    context = (~gone).sort(dim=1, descending=True, stable=True).indices[:, :pyramid.sizes[unit] - sum(k * (c//u)**2 for k, c in zip(hidden, pyramid.cells))]
+    return Masks(context.to(device), [t.to(device) for t in targets], origins, unit)
 
 # %% ../../nbs/parts/25_masking.ipynb #1d8cfde1
 def in_cells(patches:Tensor, parent:Tensor, n:int) -> Tensor: # (B,N), (N,) -> (B,n,c*c)

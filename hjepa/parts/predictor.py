@@ -40,8 +40,7 @@ def rope(self:Predictor, pos): # (B,N,2) -> cos, sin (B,1,N,head)
 
 @patch
 def forward(self:Predictor,
-    ctx:Tensor,      # (B,n,width) context tokens
-    ctx_pos:Tensor,  # (B,n,2) their places, in patches
+    ctx:Tensor, ctx_pos:Tensor, # (B,n,width) context tokens; (B,n,2) their places, in patches
     places:list,     # per level: (B,M_l,2) centres of the queried cells, M_l may be 0
 ) -> list:           # per level: (B,M_l,width) answers
     "Answer all queries of all levels in one pass."

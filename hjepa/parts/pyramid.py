@@ -24,6 +24,7 @@ class Pyramid:
         self.sizes = [h*w for h, w in self.grids]
     def __len__(self): return len(self.grids)
     def is_top(self, level): return self.top and level == len(self.grids) - 1
+    def over(self, grid): return self if tuple(grid) == self.grid else Pyramid(grid, self.cells, self.top) # the same levels over another grid
 
 # %% ../../nbs/parts/24_pyramid.ipynb #758ded1b
 from fastcore.basics import patch
@@ -41,17 +42,16 @@ def origins(self:Pyramid, generator=None) -> list: # one (y, x) per level, in pa
 
 # %% ../../nbs/parts/24_pyramid.ipynb #85b2ec31
 @patch
-def pool(self:Pyramid,
-    t:Tensor,        # (B,N,D) tokens of the full patch grid
-    level:int,       # which level
-    origin=(0, 0),   # corner of the level's grid, in patches
-) -> Tensor:         # (B,N_l,D) means over cells, row-major
-    "Average the patches of each cell."
-    if self.is_top(level): return t.mean(1, keepdim=True)
-    c, (h, w), (y, x) = self.cells[level], self.grids[level], origin
+def pool(self:Pyramid, t:Tensor, level:int, origin=(0, 0), # (B,N,D) tokens of the full grid; corner of the level's grid, in patches
+         kind:str='average', unit:int=0) -> Tensor: # or 'max'; the level whose cells the tokens are, if no patches -> (B,N_l,D), row-major
+    "Pool the patches of each cell."
+    f = torch.amax if kind == 'max' else torch.mean
+    if self.is_top(level): return f(t, 1, keepdim=True)
+    u, (h, w) = self.cells[unit], self.grids[level]
+    c, (y, x) = self.cells[level] // u, [o // u for o in origin]
     if c == 1: return t
-    t = t.unflatten(1, self.grid)[:, y:y + h*c, x:x + w*c]
-    return t.reshape(len(t), h, c, w, c, -1).mean((2, 4)).flatten(1, 2)
+    t = t.unflatten(1, self.grids[unit])[:, y:y + h*c, x:x + w*c]
+    return f(t.reshape(len(t), h, c, w, c, -1), (2, 4)).flatten(1, 2)
 
 # %% ../../nbs/parts/24_pyramid.ipynb #8b797f53
 @patch
@@ -78,3 +78,19 @@ def children(self:Pyramid, level:int) -> Tensor: # (N_l, k) indices of level-(l-
     r, (h, w), W = self.cells[level] // self.cells[level-1], self.grids[level], self.grids[level-1][1]
     corner = (torch.arange(h)[:, None]*W + torch.arange(w)[None]).flatten() * r
     return corner[:, None] + (torch.arange(r)[:, None]*W + torch.arange(r)[None]).flatten()[None]
+
+# %% ../../nbs/parts/24_pyramid.ipynb #f58aee26
+@patch
+def split(self:Pyramid, t:Tensor, level:int, origin=(0, 0)) -> Tensor: # (B,N,D) patches -> (B,N_l,c*c,D)
+    "The patches of each cell, side by side."
+    if self.is_top(level): return t.unsqueeze(1)
+    c, (h, w), (y, x) = self.cells[level], self.grids[level], origin
+    t = t.unflatten(1, self.grid)[:, y:y + h*c, x:x + w*c]
+    return t.reshape(len(t), h, c, w, c, -1).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+
+@patch
+def above(self:Pyramid, level:int, origins) -> Tensor: # (N_l,) the cell one level up that holds each cell; -1 = the border
+    "Each cell's parent."
+    c, (h, w), (y, x) = self.cells[level], self.grids[level], origins[level]
+    first = ((torch.arange(h)*c + y)[:, None] * self.grid[1] + torch.arange(w)*c + x).flatten()
+    return self.parent(level + 1, origins[level + 1])[first]
