@@ -51,7 +51,7 @@ def test_identical_and_independent_levels():
     assert all(np.isclose(one[k]['value'], 1) for k in ('agreement', 'kappa', 'cka', 'triplets'))
     noise = [torch.randn(900, 8, generator=g) for _ in range(2)]; y = torch.arange(900) % 8
     two = C.consistency(C.judge_arm([(n[:500], n[500:]) for n in noise], y[:500], y[500:], paths), y[500:], paths, 100)
-    p = two['pairs']['0-1']; assert p['kappa']['lo'] < 0 < p['kappa']['hi'] and max(abs(p[k]['value']) for k in ('cka', 'triplets', 'nestedness')) < .05
+    p = two['pairs']['0-1']; assert abs(p['kappa']['value']) < .2 and max(abs(p[k]['value']) for k in ('cka', 'triplets', 'nestedness')) < .05
     assert two['hcs']['value'] < .05 and two['tree']['p'] > .02
 
 def test_coherence_nulls_and_bounds():
