@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPECT', 'OPEN', 'sign', 'mark', 'grain', 'Task', 'scene_tasks', 'cifar_tasks', 'narrow', 'answers', 'chance',
-           'matrix', 'values', 'flip_test', 'holm', 'best_levels', 'interaction', 'hits', 'over', 'affinity',
-           'plot_matrices', 'plot_slopes']
+           'matrix', 'values', 'flip_test', 'holm', 'verdicts', 'best_levels', 'interaction', 'hits', 'over',
+           'affinity', 'plot_matrices', 'plot_slopes']
 
 # %% ../../nbs/analyze/71_affinity.ipynb #8088da45
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def values(m:dict) -> np.ndarray: # of matrix() -> (T,L)
     "The numbers alone."
     return np.array([[l['value'] for l in t['levels']] for t in m.values()])
 
-# %% ../../nbs/analyze/71_affinity.ipynb #d1fb8053
+# %% ../../nbs/analyze/71_affinity.ipynb #552028d0
 def flip_test(
     d:np.ndarray,  # (N,) paired differences
     draws:int=2000, seed:int=0,
@@ -132,6 +132,13 @@ def holm(
     p = np.asarray(p, float); o = np.argsort(p)
     out = np.empty_like(p); out[o] = np.minimum(1, np.maximum.accumulate(p[o] * (len(p) - np.arange(len(p)))))
     return out
+
+def verdicts(
+    m:dict, # of matrix()
+) -> dict: # {task with an expectation: 'met', 'contradicted' or 'open'}
+    "What the slopes say about the expectations: the interval lies on the expected side of 0, on the other, or on both."
+    side = lambda t: (t['slope']['lo'] > 0) - (t['slope']['hi'] < 0)
+    return {k: ('open', 'met', 'contradicted')[side(t) * (1 if t['expect'] == 'coarse' else -1)] for k, t in m.items() if t['expect']}
 
 def best_levels(
     right:dict, # of answers()
