@@ -63,7 +63,7 @@ def read_arms(
     def both(m, mode=mode, pooled=False): return list(zip(*(level_features(m, s, pooled, mode) for s in (train, test))))
     return dict(hjepa=both(model), untrained=both(twin), pixels=both(Pixels(model.grids), 'grid'), pooled_l0=both(model, pooled=True), supervised=both(control))
 
-# %% ../../nbs/analyze/70_consistency.ipynb #b90c753f
+# %% ../../nbs/analyze/70_consistency.ipynb #ea3bd1bd
 def resample(
     stat,         # f(indices) -> number
     n:int,        # images
@@ -77,7 +77,7 @@ def resample(
     d = d[np.isfinite(d)]
     if not (len(d) and np.isfinite(v)): return dict(value=None, lo=None, hi=None)
     lo, hi = np.quantile(d, [.025, .975]) + (v - d.mean() if half else 0)   # halves see less, and are centred
-    return dict(value=v, lo=float(lo), hi=float(hi))
+    return dict(value=v, lo=float(min(lo, v)), hi=float(max(hi, v)))
 
 # %% ../../nbs/analyze/70_consistency.ipynb #1b823414
 def probe_scores(
@@ -378,7 +378,7 @@ def plot_numbers(
     axes[0, 0].set_yticks(range(len(r)), [titles[k] for k in r]); axes[0, 0].invert_yaxis()
     return fig
 
-# %% ../../nbs/analyze/70_consistency.ipynb #b75bcf00
+# %% ../../nbs/analyze/70_consistency.ipynb #9bdc38f3
 def plot_distances(
     r:dict, classes, paths, # {arm: consistency()}, names, (K,depth)
     which=('untrained', 'hjepa', 'supervised'),
@@ -403,7 +403,7 @@ def plot_validation(v:dict, score:str, title:str): # of bench/coherence.py; 'hcs
         for i, r in enumerate(rows):
             at = np.arange(4) + .18*(i - (len(rows) - 1)/2)
             for x, k in zip(at, arms):
-                q = r['arms'][k][score]; ax.errorbar(x, q['value'], [[q['value'] - q['lo']], [q['hi'] - q['value']]], fmt='o', ms=4, lw=1.2, color=colours[k])
+                q = r['arms'][k][score]; ax.errorbar(x, q['value'], [[max(0, q['value'] - q['lo'])], [max(0, q['hi'] - q['value'])]], fmt='o', ms=4, lw=1.2, color=colours[k])
             ax.plot(at[3], r['wrong_trees'][score], 'x', ms=5, color='k')
         ax.set_title(s, fontsize=9); ax.set_xticks(range(4), [titles[k] for k in arms], rotation=35, ha='right', fontsize=8); ax.grid(axis='x', visible=False)
     axes[0].set_ylabel(title)
