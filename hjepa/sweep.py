@@ -7,7 +7,7 @@ __all__ = ['Sweep', 'read_sweep', 'slug', 'recipes_of', 'equal_flops', 'equal_ti
            'interval', 'summary', 'plot_sweep', 'sweep', 'sweep_table']
 
 # %% ../nbs/62_sweep.ipynb #62000004
-import functools, itertools, json, re, statistics
+import functools, itertools, json, os, re, statistics
 from pathlib import Path
 from typing import Literal
 import matplotlib.pyplot as plt, torch, yaml
@@ -114,7 +114,7 @@ def one_run(arm:str, r, folder:Path, images:Images, final:bool) -> dict|None: # 
     if not run.finished: return None
     (some, on), f, twin = images.judging(r, final), run.facts, build(r).to(run.model.encoder.norm.weight.device)
     scores = judge(features_of(run.model, twin, some, on), some.labels, on.labels)
-    row = dict(arm=arm, seed=r.seed, steps=f['steps'], images=f['images_seen'], seconds=f['train_seconds'], flops=f['flops_per_image'] * f['images_seen'])
+    row = dict(arm=arm, seed=r.seed, steps=f['steps'], images=f['images_seen'], seconds=f['train_seconds'], flops=f['flops_per_image'] * f['images_seen'], device=f['device'], commit=f['commit'] or '')
     for p, h in headline(scores).items():
         row |= {p: h['score']['acc'], **{f'{p}_{k}': h['score'][k] for k in ('lo', 'hi')}, f'{p}_level': h['level'],
                 **{f'{p}_{a}': round(scores[p][a][d['level']].acc, 6) for a, d in h['over'].items()}}
@@ -167,6 +167,7 @@ def sweep(s, out=None, # a YAML file, or a dict; folder of the runs (None = runs
     data=None,         # training images as an ImageSet; None = the recipe's by name
 ) -> dict:             # finished, rows, summary, csv, figure
     "All runs of a sweep that are not done yet, one after the other."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise HJEPAError('A sweep does one training after the other in one process: start it without accelerate launch.')
     s = read_sweep(s); rs = recipes_of(s); base = recipe(s.recipe, **s.change)
     images, folder, said = Images(base, data), run_folder(out or Path('runs') / s.name, s.name, fresh), [base.data.name, base.data.labelled]
     rs = equalise(s, rs, images.training, folder)

@@ -61,6 +61,10 @@ def test_stop_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch, whole
     assert not cut['finished'] and [(r['arm'], r['seed']) for r in cut['rows']] == [('both', 0)]
     assert same_rows(go(tmp_path, **kw), dict(rows=whole['rows'][:2]))
 
+def test_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(HJEPAError, match='without accelerate launch'): go(tmp_path)
+
 def test_stopped_in_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setattr(hs, 'one_run', lambda *a: None)
     assert go(tmp_path) == dict(finished=False, rows=[], summary={}, csv=str(tmp_path/'results'/'t.csv'), figure=str(tmp_path/'results'/'t.png'))
