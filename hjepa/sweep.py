@@ -176,7 +176,7 @@ def sweep(s, out=None, # a YAML file, or a dict; folder of the runs (None = runs
     done, rows = {k: row for k, (r, file) in runs.items() if (row := keep(file, r, said))}, []
     with tqdm(total=len(runs), initial=len(done), desc=s.name, unit='run') as bar:
         for k, (r, file) in runs.items():
-            if k not in done and (row := one_run(k[0], r, file.parent, images, s.final)) is None: break          # stopped
+            if k not in done and (row := one_run(k[0], r, file.parent, images, s.final)) is None: bar.write('stopped: the same sweep, asked for again, goes on'); break
             if k not in done: done[k] = keep(file, r, said, row); bar.update(); bar.write(f"{k[0]}, seed {k[1]}: linear {row['linear']:.1%}, k-NN {row['knn']:.1%}")
             write_rows(csv, rows := [done[a, n] for a in rs for n in s.seeds if (a, n) in done])
     if rows:
