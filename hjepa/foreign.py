@@ -52,6 +52,7 @@ class Foreign(nn.Module):
         if not all(1 <= d <= n for d in self.depths): raise HJEPAError(f'depths {self.depths} reaches outside the {n} feature maps of {recipe["name"]}: choose from 1 to {n}.')
         if self.plain and len(self.depths) != len(usual): raise HJEPAError(f'depths {self.depths} needs {len(usual)} entries: one a cell size and one for the whole image.')
         self.grids = self.pyramid.grids if self.plain else [shapes[d-1][1:] for d in self.depths[:-1]] + [(1, 1)]
+        self.eval()
     @torch.no_grad()
     def _maps(self, x, indices=None): # (B,3,S,S) normalised -> list of (B,C,h,w)
         return self.net.forward_intermediates(x, indices=indices, norm=True, intermediates_only=True)
@@ -73,6 +74,28 @@ def levels(self:Foreign, x:Tensor, pooled=False) -> list: # (B,3,H,W) uint8 or f
     if self.plain: out = [self.pyramid.pool(tokens(maps[d]), l) for l, d in enumerate(ds)]
     else: out = [tokens(F.adaptive_avg_pool2d(maps[d], g)) for d, g in zip(ds, self.grids)]
     return [F.layer_norm(t, t.shape[-1:]) for t in out]
+
+# %% ../nbs/42_foreign.ipynb #57b20002
+@patch
+def read(self:Foreign,
+    x:Tensor, # (B,3,H,W) uint8 or float in [0,1]
+    what=('levels', 'pooled_l0', 'blocks'), # what is wanted
+) -> dict: # name -> list of (B,N_l,D_l) float32, one a level or block
+    "Levels, their control and all blocks, from one pass."
+    of = dict(levels=self.depths, pooled_l0=self.depths[:1] * len(self.grids))
+    order = None if 'blocks' in what else sorted({d for w in what for d in of[w]})      # None: every map
+    maps = self._maps(self.prepare(x), order and [d - 1 for d in order])
+    maps = {d: m.float() for d, m in zip(order or range(1, len(maps) + 1), maps)}; of['blocks'] = list(maps)
+    def grid(w, m, l):
+        if w != 'blocks' and self.plain: return self.pyramid.pool(m.flatten(2).mT, l)
+        to = self.grids[l] if w != 'blocks' else [min(a, b) for a, b in zip(m.shape[-2:], self.grids[0])]
+        return F.adaptive_avg_pool2d(m, to).flatten(2).mT
+    return {w: [F.layer_norm(t := grid(w, maps[d], l), t.shape[-1:]) for l, d in enumerate(of[w])] for w in what}
+
+@patch
+def blocks(self:Foreign, x:Tensor) -> list: # (B,3,H,W) uint8 or float in [0,1] -> a (B,N,D) float32 a block or stage
+    "The patch grid after every block, normalised over channels."
+    return self.read(x, ('blocks',))['blocks']
 
 # %% ../nbs/42_foreign.ipynb #bc84abe1
 def _hub_id(arch): return timm.models.get_pretrained_cfg(arch).hf_hub_id or ''

@@ -6,8 +6,7 @@
 __all__ = ['widen', 'grow']
 
 # %% ../nbs/43_grow.ipynb #43000004
-import zlib
-import torch
+import torch, zlib
 from .config import HJEPAError, change
 from .model import HJEPA, build
 
@@ -22,8 +21,8 @@ def widen(
     t, shape = (old.unflatten(0, (parts, -1)), (parts, shape[0] // parts, *shape[1:])) if parts > 1 else (old, shape)
     times = [n // o for n, o in zip(shape, t.shape)]
     if any(n != o * k for n, o, k in zip(shape, t.shape, times)): raise HJEPAError(f'{name} of {tuple(t.shape)} cannot be repeated to {tuple(shape)}: grow by whole multiples.')
-    reads, k = 1 + (parts > 1), 1
-    if old.ndim >= 2 and name.endswith('weight'): k, times[reads] = times[reads], 1             # linear maps and convolutions read along their second axis
+    k, reads = 1, 1 + (parts > 1)                                         # linear maps and convolutions read along their second axis
+    if old.ndim >= 2 and name.endswith('weight'): k, times[reads] = times[reads], 1
     t = t.repeat(times)
     if k > 1:
         e = uneven * torch.rand(k, *t.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'CORRUPTIONS', 'VALIDATION', 'SHIFTS', 'PROCEDURAL', 'TABLES', 'ALEXNET', 'ALEXNET_CLEAN', 'table_for',
-           'corrupt', 'mean_change', 'corruption_error', 'LinearHead', 'is_imagenet', 'official', 'resize', 'answers',
-           'resample', 'summarise', 'probes_of', 'robustness', 'plot_severity']
+           'corrupt', 'mean_change', 'corruption_error', 'is_imagenet', 'official', 'resize', 'answers', 'resample',
+           'summarise', 'probes_of', 'robustness', 'plot_severity']
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000002
 import io, math, re, zlib
@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from ..config import HJEPAError, nearest
 from ..data.sets import DataError, Folder, data_root
 from ..style import arm_colors
-from .features import batches, level_features, pixels
-from .probes import C_grid, bootstrap, choose_level, classify, fit_logistic, held_out, logits, principal, standardise, stratified_subset
+from .features import batches, features, pixels
+from .probes import LinearHead, bootstrap, choose_level, stratified_subset
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000005
 FAMILIES = dict(noise=('gaussian_noise', 'shot_noise', 'impulse_noise'), blur=('defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur'),
@@ -307,29 +307,6 @@ def corruption_error(
     rce, rm = ratios({c: e - clean for c, e in errors.items()}, {c: reference[c] - reference_clean for c in errors})
     return out | dict(relative_ce=rce, relative_mce=rm)
 
-# %% ../../nbs/evaluate/54_robustness.ipynb #54000027
-class LinearHead:
-    "A linear probe fitted on clean features: head(features) -> classes."
-    def __init__(self,
-        x:Tensor, y:Tensor,  # (N,F), (N,) of the labelled images
-        Cs=C_grid, seed:int=0, rise:float=.02, # see linear_probe()
-    ):
-        mu = x.mean(0, dtype=torch.float64).to(x.dtype); up = mu + x.std(0).to(x.dtype)
-        z, (zero, one) = standardise(x, torch.stack([mu, up]))
-        k, (lam, v), (fit, val), w, best = int(y.max()) + 1, principal(z), held_out(y, seed), None, None
-        p = z @ v
-        for C in sorted(Cs):
-            w, _ = fit_logistic(p[fit], y[fit], k, C, lam, w)
-            loss = float(F.cross_entropy(logits(p[val], w), y[val]))
-            if best is None or loss < best[0]: best = (loss, C, w)
-            elif loss > (1 + rise)*best[0]: break
-        self.loss, self.C, w = best
-        self.val = float((classify(p[val], w) == y[val]).float().mean())
-        w, _ = fit_logistic(p, y, k, self.C, lam, w)
-        m, step = v @ w[:, :-1].T, up - mu
-        self.mu, self.w, self.b = mu, torch.where(step > 0, (one - zero)/step, 0.)[:, None]*m, zero @ m + w[:, -1]
-    def __call__(self, x:Tensor) -> Tensor: return ((x - self.mu).float() @ self.w + self.b).argmax(1)
-
 # %% ../../nbs/evaluate/54_robustness.ipynb #5400002a
 def is_imagenet(test) -> bool: # test: an ImageSet
     "Whether a set has the thousand classes of ImageNet-1k."
@@ -440,13 +417,14 @@ def summarise(
 def probes_of(
     model, twin,       # offers levels() and grids; the same-seed untrained one
     train,             # the labelled images, clean
-    seed:int=0, batch:int=500, cache=None, # see level_features()
+    seed:int=0, batch:int=500, cache=None, # see features()
 ) -> tuple: # (predict: images -> {(arm, level): classes}, {arm: {level: LinearHead}})
     "A linear probe for every arm and level, and one function that asks them all."
-    feats = dict(hjepa=lambda x, c=None: level_features(model, x, batch=batch, cache=c), untrained=lambda x, c=None: level_features(twin, x, batch=batch, cache=c),
-                 pooled_l0=lambda x, c=None: level_features(model, x, True, batch=batch, cache=c), pixels=lambda x, c=None: [pixels(x)])
-    heads = {a: {'pixels' if a == 'pixels' else str(l): LinearHead(z, train.labels, seed=seed) for l, z in enumerate(f(train, cache))} for a, f in feats.items()}
-    return lambda x: {(a, l): h(z) for a, f in feats.items() for (l, h), z in zip(heads[a].items(), f(x))}, heads
+    def feats(x, c=None): # {arm: list of (N,F)}, one pass a network
+        mine, its = features(model, x, dict(levels=['mean'], pooled_l0=['mean']), batch, c), features(twin, x, dict(levels=['mean']), batch, c)
+        return dict(hjepa=mine['levels']['mean'], untrained=its['levels']['mean'], pooled_l0=mine['pooled_l0']['mean'], pixels=[pixels(x)])
+    heads = {a: {'pixels' if a == 'pixels' else str(l): LinearHead(z, train.labels, seed=seed) for l, z in enumerate(zs)} for a, zs in feats(train, cache).items()}
+    return lambda x: {(a, l): h(z) for a, zs in feats(x).items() for (l, h), z in zip(heads[a].items(), zs)}, heads
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000033
 def robustness(
