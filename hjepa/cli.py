@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['overrides', 'number', 'say_json', 'can_write', 'sets_of', 'for_training', 'train', 'judge', 'evaluate',
-           'evaluate_foreign', 'compare_cards', 'data', 'bench', 'time_data', 'show_recipes', 'parser', 'add_bench',
-           'main']
+           'evaluate_foreign', 'compare_cards', 'data', 'show_recipes', 'bench', 'time_data', 'time_eval', 'parser',
+           'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
 import argparse, json, os, re, sys, tempfile, time, warnings
@@ -26,7 +26,7 @@ from .foreign import foreign
 from .evaluate.card import compare, names, pts, table
 from .evaluate.suite import SUITES, evaluate as run_suite
 from .train import fit, read_rows
-from .bench import bench_data, bench_recipe, bench_step, data_table
+from .bench import bench_data, bench_eval, eval_table, bench_recipe, bench_step, data_table
 
 # %% ../nbs/91_cli.ipynb #56fd5e5d
 def overrides(words:list) -> dict: # ['lr=1e-3', ...] -> recipe changes
@@ -157,6 +157,16 @@ def data(args):
     if verb == 'fetch' and not re.fullmatch(r'scenes|(folder|wds):.*', name): print(f'kept under {data_root()}')
     say_json(args, out)
 
+def show_recipes(args):
+    "List recipes, or print one as YAML."
+    if not args.name:
+        for k, f in recipes.items(): print(f'{k:20}{f.__doc__}')
+        return say_json(args, {k: f.__doc__ for k, f in recipes.items()})
+    r = recipe(args.name, **overrides(args.change))
+    print(f'# {recipes[args.name].__doc__}\n' if args.name in recipes else '', to_yaml(r), sep='')
+    say_json(args, r.model_dump(mode='json'))
+
+# %% ../nbs/91_cli.ipynb #91b00001
 def bench(args):
     "Time a training step."
     given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor', 'match') if (v := getattr(args, k)) is not None}
@@ -171,14 +181,10 @@ def time_data(args):
     out = bench_data(args.name, **{k: getattr(args, k) for k in keys}, change=overrides(args.change))
     print(data_table(out)); say_json(args, out)
 
-def show_recipes(args):
-    "List recipes, or print one as YAML."
-    if not args.name:
-        for k, f in recipes.items(): print(f'{k:20}{f.__doc__}')
-        return say_json(args, {k: f.__doc__ for k, f in recipes.items()})
-    r = recipe(args.name, **overrides(args.change))
-    print(f'# {recipes[args.name].__doc__}\n' if args.name in recipes else '', to_yaml(r), sep='')
-    say_json(args, r.model_dump(mode='json'))
+def time_eval(args):
+    "Time the evaluation."
+    out = bench_eval(**{k: getattr(args, k) for k in 'encoder image batch n knn linear rounds device threads'.split()})
+    print(eval_table(out)); say_json(args, out)
 
 # %% ../nbs/91_cli.ipynb #15271366
 def parser() -> argparse.ArgumentParser:
@@ -198,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument('--no-report', action='store_true', help='train only'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(evaluate, 'evaluate', 'write the report card of a model', 'hjepa evaluate runs/demo --suite standard')
     q.add_argument('model', help='a run directory, a model.safetensors, pretrained:NAME, or timm:NAME'); q.add_argument('change', **more)
-    q.add_argument('--suite', default='quick', choices=list(SUITES), help='quick: the card; standard: also few labels, other probes, views, corrupted images; full: all of those, and fine-tuning (default: quick)')
+    q.add_argument('--suite', default='quick', choices=list(SUITES), help='quick: the card; standard: also few labels, other probes and readouts, views, what is known of scenes, transfer, segmentation, corrupted images; full: all of those at length, detection and fine-tuning (default: quick)')
     q.add_argument('--data', metavar='NAME', help='judge on another data set (with --out)')
     q.add_argument('--out', help='where the report goes (default: beside the model)'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
     q = add(compare_cards, 'compare', 'put report cards side by side, with paired differences', 'hjepa compare runs/demo runs/try'); q.add_argument('folder', nargs='+', help='run directories with a report card each; the first is what the others are compared with')
@@ -212,27 +218,33 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/91_cli.ipynb #d0566a10
 def add_bench(add):
-    "`bench step` and `bench data`."
-    both = add(bench, 'bench', 'time the training step, alone or beside a peer, or the data beside torchvision alone',
+    "`bench step`, `bench data` and `bench eval`."
+    both = add(bench, 'bench', 'time the training step, alone or beside a peer; the data beside torchvision alone; or the evaluation beside timm and scikit-learn',
                'hjepa bench step --encoder vit_tiny --image 224 --patch 16 --batch 16 --predictor 192x6 --peer ijepa=../ijepa --json out.json').add_subparsers(dest='what', required=True)
     def kind(f, name, help, example):
         q = both.add_parser(name, help=help, description=help, epilog=f'example: {example}', formatter_class=argparse.RawDescriptionHelpFormatter)
         q.set_defaults(run=f); q.add_argument('--json', metavar='FILE', default=argparse.SUPPRESS, help='write the printed figures as JSON')
-        q.add_argument('--device'); q.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'])
+        q.add_argument('--device')
         return q
+    precision = lambda q: q.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'])
     change, encoders = dict(nargs='*', metavar='key=value', default=[], help='changes of the recipe'), ['vit_tiny', 'vit_small', 'vit_base']
     q = kind(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
     q.add_argument('change', **change); q.add_argument('--recipe', help='bench a recipe instead of the encoder options')
     q.add_argument('--encoder', choices=encoders, help='default: vit_tiny')
     for k, v in dict(image=224, patch=16, batch=16).items(): q.add_argument(f'--{k}', type=int, help=f'default: {v}')
     q.add_argument('--predictor', help='WIDTHxDEPTH, default: 192x6'); q.add_argument('--match', action='store_true', default=None, help="the peer's own numbers of context and target tokens")
-    q.add_argument('--compile', action='store_true')
+    q.add_argument('--compile', action='store_true'); precision(q)
     q.add_argument('--peer', type=lambda s: s.removeprefix('ijepa='), metavar='ijepa=PATH', help='a checkout of facebookresearch/ijepa to run in turn')
     q = kind(time_data, 'data', "images a second by back end and workers, beside torchvision alone, and the data's share of a step", 'hjepa bench data cifar10 --workers 0 1 2 --json out.json')
     q.add_argument('name', help='cifar10, folder:PATH, wds:PATTERN, ...; photos: JPEGs of 500x375 written for this'); q.add_argument('change', **change)
     q.add_argument('--encoder', default='vit_small', choices=encoders, help='of the training step'); q.add_argument('--workers', type=int, nargs='+', help='default: 0, 1 and as many as there are cores')
     for k, h in dict(image='pixels', patch='of the encoder', batch='images', n='at most so many images').items(): q.add_argument(f'--{k}', type=int, help=h)
     for k, v in dict(steps=20, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v)
+    precision(q)
+    q = kind(time_eval, 'eval', 'features beside timm alone, time and memory of k-NN, the linear probe beside scikit-learn', 'hjepa bench eval --threads 2 --json out.json')
+    q.add_argument('--encoder', default='vit_tiny', choices=encoders, help='default: vit_tiny')
+    for k, (v, h) in dict(image=(224, 'pixels'), batch=(32, 'images at once'), n=(128, 'images a round'), rounds=(5, 'turns'), threads=(None, 'of every side (default: as they are)')).items(): q.add_argument(f'--{k}', type=int, default=v, help=h if v is None else f'{h}, default: {v}')
+    for k, v in dict(knn=(50000, 10000, 384), linear=(10000, 5000, 384)).items(): q.add_argument(f'--{k}', type=int, nargs=3, default=v, metavar=('N', 'M', 'F'), help=f'training images, test images, width; default: {" ".join(map(str, v))}')
 
 # %% ../nbs/91_cli.ipynb #0f867cc8
 def main(argv=None) -> int: # exit status

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Share', 'Beta', 'recipes', 'HJEPAError', 'nearest', 'Branch', 'Data', 'Views', 'Encoder', 'Levels', 'Masks',
            'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'encoder_problems',
-           'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'length_problems', 'fields',
-           'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml', 'cifar10_cpu', 'cifar10', 'imagenet100',
-           'imagenet1k_vitb16', 'recipe']
+           'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'loss_problems', 'weight_problems',
+           'length_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml', 'cifar10_cpu',
+           'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe']
 
 # %% ../nbs/00_config.ipynb #568441f4
 import difflib, math
@@ -92,13 +92,18 @@ class Encoder(Branch):
 class Levels(Branch):
     cells:tuple[int, ...] = (1, 2, 4) # side of a cell at each level, patches; each divides the next
     top:bool = True                   # a last level: the whole image as one cell
-    depths:tuple[int, ...] = (4, 8, 12, 12) # block of the target encoder that each level reads
+    depths:tuple[int | tuple[int, ...], ...] = (4, 8, 12, 12) # block of the target encoder that each level reads, or a group of blocks: (4, (4, 8, 12), 12, 12)
+    join:Literal['concat', 'mean'] = 'concat' # a group's blocks stand side by side | are averaged
     weights:tuple[float, ...] = (1., 1., 1.) # of the prediction loss of each level but the top
+    weighting:Literal['fixed', 'uw-so', 'uw-o', 'learned', 'gradnorm'] = 'fixed' # what multiplies them: see hjepa.losses.weighting
+    temperature:float = Field(1., gt=0) # of weighting='uw-so': large = even
     pool:Literal['average', 'max', 'attention', 'conv'] = 'average' # of the patches of a cell: see hjepa.parts.neck
     fpn:bool = False                  # coarse levels speak to the finer ones below
     across:bool = False               # cells of all levels attend to each other
     slots:int = Field(0, ge=0)        # the top is the mean of slots that compete for patches; 0 = it is pooled
 
+    @property
+    def groups(self) -> list: return [(d,) if isinstance(d, int) else d for d in self.depths] # blocks of each level
     @property
     def learned(self) -> bool: return self.pool in ('attention', 'conv') or self.fpn or self.across or self.slots > 0
 
@@ -119,15 +124,19 @@ class Predictor(Branch):
 class Prediction(Branch):
     weight:float = Field(1., ge=0)    # of the mean over levels; 0 builds no predictor
     kind:Literal['smooth_l1', 'mse', 'cosine'] = 'smooth_l1'
+    targets:Literal['layer', 'whiten'] = 'layer' # normalised per token (LayerNorm), or whitened over the batch
+    gradient:bool = False             # let the loss move the targets as well; needs optim.ema = optim.ema_end = 0
+    visible:float = Field(0., ge=0)   # weight of predicting the seen patches too, nearest to the hidden ones most (V-JEPA 2.1: .5)
+    next_view:float = Field(0., ge=0)    # weight of predicting the next view's cells where they overlap
     share:float = Field(1., gt=0, le=1) # of the view images that are predicted, each step
     momentum:float = Field(.99, ge=0, lt=1) # of the running mean target and chance level
     floor:float = Field(.01, gt=0)    # a chance level below it means collapsed targets
 
 # %% ../nbs/00_config.ipynb #c7b7e952
 class Whole(Branch):
-    kind:str = 'sigreg'               # sigreg, vicreg, none, or the dotted path of a class of yours
+    kind:str | dict[str, float] = 'sigreg' # sigreg, vicreg, visreg, barlow, infonce, none, the dotted path of a class of yours, or weights: {sigreg: 1, infonce: .1}
     weight:float = Field(1., ge=0)
-    args:dict = {}                    # keyword arguments of that class
+    args:dict = {}                    # keyword arguments of that class; with weights by name: {sigreg: {lam: .05}}
     hidden:int = Field(1024, gt=0)    # hidden width of the projector
     dim:int = Field(64, gt=0)         # output width of the projector
 
@@ -202,11 +211,13 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     if e.stem == 'conv' and e.patch not in (4, 8, 16, 32): yield f"encoder.stem conv halves a patch down to one point and cannot do so with encoder.patch {e.patch}: use 4, 8, 16, 32 or stem=linear."
     n = len(lv.cells) + lv.top
     if len(lv.depths) != n: yield f"levels.depths has {len(lv.depths)} entries for {n} levels{' (the top counts)' if lv.top else ''}: give one block a level."
-    if not all(0 < d <= e.depth for d in lv.depths): yield f"levels.depths {lv.depths} reaches outside the encoder's blocks 1 to {e.depth}: lower it."
+    if any(not g or sorted(set(g)) != list(g) for g in lv.groups): yield f"levels.depths {lv.depths} has a group that is empty or not in rising order: write it as (4, 8, 12)."
+    if not all(0 < d <= e.depth for g in lv.groups for d in g): yield f"levels.depths {lv.depths} reaches outside the encoder's blocks 1 to {e.depth}: lower it."
     yield from encoder_problems(r, e, lv.cells, g)
     yield from level_problems(r, lv)
     yield from mask_problems(r, g, lv.cells, m)
     yield from view_problems(r.data, r.views, e.patch, r.whole.kind)
+    yield from loss_problems(r, r.prediction, lv, r.whole)
     yield from length_problems(r)
 
 # %% ../nbs/00_config.ipynb #c71ba392
@@ -279,6 +290,30 @@ def view_problems(d, v, patch, whole):
     if v.local and v.local_size % patch: yield f"views.local_size {v.local_size} is not divisible by encoder.patch {patch}: choose a multiple."
     if v.local and whole == 'none': yield f"views.local is {v.local}, but only the whole-image loss looks at local views and whole.kind is 'none': set views.local=0 or switch it on."
 
+# %% ../nbs/00_config.ipynb #b90f6bca
+def loss_problems(r, p, lv, w):
+    "Losses that contradict each other, and switches that would switch nothing."
+    on = [k for k, off in (('visible', 0), ('next_view', 0), ('gradient', False), ('targets', 'layer')) if getattr(p, k) != off]
+    if on and not p.weight: yield f"prediction.{on[0]} is on but prediction.weight is 0, so nothing is predicted: give it a weight or leave {on[0]} out."
+    if p.gradient and (r.optim.ema or r.optim.ema_end): yield "prediction.gradient takes its targets from the online encoder, so no slow copy is used: set optim.ema=0 and optim.ema_end=0."
+    if p.gradient and w.kind == 'none': yield "prediction.gradient without a whole-image loss has an answer that needs no images, constant targets: set whole.kind=sigreg or prediction.gradient=false."
+    if p.next_view and r.views.count < 2: yield "prediction.next_view predicts another view, but views.count is 1: use 2 or set prediction.next_view=0."
+    if lv.join != 'concat' and all(len(g) == 1 for g in lv.groups): yield f"levels.join {lv.join} has nothing to join: give a level a group of blocks, as in levels.depths=[4, [4, 8, 12], 12, 12]."
+    if lv.learned and any(len(g) > 1 for g in lv.groups): yield "levels.pool, fpn, across or slots read one block a level, and levels.depths has groups: leave one out."
+    if isinstance(w.kind, dict) and ('none' in w.kind or not w.kind or not all(x > 0 for x in w.kind.values())): yield f"whole.kind {w.kind} must give each loss a weight above 0: leave out what should not count."
+    yield from weight_problems(r, lv)
+
+# %% ../nbs/00_config.ipynb #0915bfb6
+def weight_problems(r, lv):
+    "Adaptive weights that have nothing to weigh."
+    if lv.temperature != 1 and lv.weighting != 'uw-so': yield f"levels.temperature {lv.temperature:g} is read only by levels.weighting uw-so, and it is {lv.weighting}: choose that, or leave the temperature out."
+    if lv.weighting == 'fixed': return
+    if not r.prediction.weight or sum(w > 0 for w in lv.weights) < 2: yield f"levels.weighting {lv.weighting} balances levels and needs two whose levels.weights are above 0, and prediction.weight above 0: use fixed."
+    m, cells = r.masks, lv.cells
+    asked = m.predict or [sum(k * (b // c)**2 for k, b in zip(m.hidden[l:], cells[l:])) for l, c in enumerate(cells)]
+    if r.encoder.patches: yield f"levels.weighting {lv.weighting} needs a question at every level in every step, and encoder.patches leaves the levels below a large patch without: use fixed."
+    if any(w and not n for w, n in zip(lv.weights, asked)): yield f"levels.weighting {lv.weighting} needs a question at every level that counts: hide cells there, or set its levels.weights to 0."
+
 # %% ../nbs/00_config.ipynb #6e6f6a57
 def length_problems(r):
     "Batch and length of the run."
@@ -325,7 +360,7 @@ def change(r:Recipe, **kw) -> Recipe: # keys: 'optim.lr', optim__lr, or a short 
     for key, v in kw.items():
         *path, last = full_key(key).split('.')
         node = d
-        for p in path: node = node[p]
+        for p in path: node = node.setdefault(p, {})
         node[last] = v
         if path == ['train'] and last in ('epochs', 'steps', 'minutes') and v is not None:
             node.update({k: None for k in ('epochs', 'steps', 'minutes') if k != last})

@@ -58,6 +58,7 @@ class Foreign(nn.Module):
         if not all(1 <= d <= n for d in self.depths): raise HJEPAError(f'depths {self.depths} reaches outside the {n} feature maps of {recipe["name"]}: choose from 1 to {n}.')
         if self.plain and len(self.depths) != len(usual): raise HJEPAError(f'depths {self.depths} needs {len(usual)} entries: one a cell size and one for the whole image.')
         self.grids = self.pyramid.grids if self.plain else [shapes[d-1][1:] for d in self.depths[:-1]] + [(1, 1)]
+        self.eval()
     @torch.no_grad()
     def _maps(self, x, indices=None): # (B,3,S,S) normalised -> list of (B,C,h,w)
         return self.net.forward_intermediates(x, indices=indices, norm=True, intermediates_only=True)

@@ -7,7 +7,7 @@ __all__ = ['untrained', 'build_whole', 'HJEPA', 'projector', 'build', 'write_ten
            'load_pretrained']
 
 # %% ../nbs/40_model.ipynb #5cdbf055
-import copy, json, os
+import copy, importlib, inspect, json, os
 from importlib.resources import files
 from pathlib import Path
 import torch
@@ -25,18 +25,22 @@ from .parts.pyramid import Pyramid
 from .parts.masking import Masks, sample_masks
 from .parts.predictor import Predictor
 from .parts.neck import Neck, code
-from .losses.prediction import Chance, distance
-from .losses.regularize import BatchNorm, WHOLE
+from .losses.prediction import Chance, carry, distance, nearness, whiten
+from .losses.regularize import BatchNorm
+from .losses.contrast import Mix, WHOLE
+from .losses.weighting import Weighting
 from .optim import ema_update
 
 # %% ../nbs/40_model.ipynb #d22b5dd3
 def build_whole(
-    kind:str,  # 'sigreg', 'vicreg', 'none' or 'package.module.Class'
-    args:dict, # keyword arguments of the class
+    kind,      # a name of `hjepa.losses.contrast.WHOLE`, 'none', 'package.module.Class', or {name: weight} for a sum
+    args:dict, # keyword arguments of the class; of a sum: {name: arguments}
 ):             # a module that maps (V,B,K), step to a scalar, or None
     "The whole-image loss of a recipe."
     if kind == 'none': return None
-    import importlib, inspect
+    if isinstance(kind, dict):
+        if stray := [k for k in args if k not in kind or not isinstance(args[k], dict)]: raise HJEPAError(f"whole.args holds '{stray[0]}', but whole.kind is a sum: give arguments by name, as in {{{[*kind][0]}: {{...}}}}.")
+        return Mix([build_whole(k, args.get(k, {})) for k in kind], list(kind.values()))
     if kind in WHOLE: cls = WHOLE[kind]
     elif '.' in kind:
         mod, _, name = kind.rpartition('.')
@@ -61,7 +65,7 @@ class HJEPA(nn.Module):
         self.levels_predicted = len(r.levels.cells) if p.weight else 0
         if p.weight:
             self.predictor = Predictor(D, len(r.levels.cells), **r.predictor.model_dump(), theta=e.theta)
-            self.chance = nn.ModuleList(Chance(n, D, p.kind, p.momentum, p.floor) for n in self.pyramid.sizes[:self.levels_predicted])
+            self.build_losses()
         self.whole = build_whole(r.whole.kind, r.whole.args)
         if self.whole: self.projector = projector(D, r.whole.hidden, r.whole.dim)
         self.neck = Neck(self.pyramid, D, e.heads, lv.pool, lv.fpn, lv.across, lv.slots, e.theta) if lv.learned else None
@@ -88,26 +92,29 @@ def draw_masks(self:HJEPA, B:int, generator=None, device=None, progress=None) ->
 
 # %% ../nbs/40_model.ipynb #1eba9ae9
 @patch
-@torch.no_grad()
-def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None, unit=0) -> list: # (B,C,H,W) normalised -> per level (B,N_l,D), None below the unit
-    "Depth × scale targets from the slow encoder."
-    n, q, P = levels or len(self.pyramid), self.recipe.encoder.patch, self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]])
-    origins, depths = origins or P.origins(), [self.depths[0]] * n if pooled else self.depths if self.neck else self.depths[:n]
-    return self.cells(self.target(x, depths=depths, p=q * P.cells[unit]), P, origins, pooled, unit)[:n]
+def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None, unit=0, train=False) -> list: # (B,C,H,W) normalised -> per level (B,N_l,D or wider), None below the unit
+    "Depth × scale targets from the slow encoder; with `train` as the recipe's loss wants them."
+    n, q, lv, live = levels or len(self.pyramid), self.recipe.encoder.patch, self.recipe.levels, train and self.recipe.prediction.gradient
+    P, groups = self.pyramid.over([s // q for s in x.shape[2:]]), [lv.groups[0]] * n if pooled else lv.groups if self.neck else lv.groups[:n]
+    want, net = sorted({d for g in groups for d in g}), self.encoder if live else self.target
+    with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+        hidden = dict(zip(want, net(x, depths=want, p=q * P.cells[unit])))
+        return self.cells([[hidden[d] for d in g] for g in groups], P, origins or P.origins(), pooled, unit, train)[:n]
 
 @patch
-def cells(self:HJEPA, hidden:list, P:Pyramid, origins:list, pooled=False, unit=0) -> list: # per level (B,N,D), hidden tokens of its depth -> per level (B,N_l,D)
-    "Hidden layers of the slow encoder made into levels: pooled, or by the neck, and normalised."
-    if self.target_neck and not pooled: out = self.target_neck([h.float() for h in hidden], P, origins)[0]
-    else: out = [None if l < unit else P.pool(h.float(), l, origins[l], 'average' if pooled else self.recipe.levels.pool, unit) for l, h in enumerate(hidden)]
-    return [None if c is None else F.layer_norm(c.float(), c.shape[-1:]) for c in out]
+def cells(self:HJEPA, hidden:list, P:Pyramid, origins:list, pooled=False, unit=0, train=False) -> list: # per level a list of (B,N,D), hidden tokens of its blocks -> per level (B,N_l,D or wider)
+    "Hidden layers made into levels: pooled, or by the neck, normalised, and joined where a level reads several."
+    lv, p = self.recipe.levels, self.recipe.prediction
+    norm = whiten if train and p.targets == 'whiten' else lambda t: F.layer_norm(t.float(), t.shape[-1:])
+    if self.neck and not pooled: return [norm(c) for c in (self.neck if train and p.gradient else self.target_neck)([g[0].float() for g in hidden], P, origins)[0]]
+    out = [[norm(P.pool(h.float(), l, origins[l], 'average' if pooled else lv.pool, unit)) for h in g if l >= unit] for l, g in enumerate(hidden)]
+    return [None if not c else c[0] if len(c) == 1 else torch.cat(c, -1) if lv.join == 'concat' else torch.stack(c).mean(0) for c in out]
 
 @patch
 @torch.no_grad()
 def levels(self:HJEPA, x:Tensor, pooled=False, unit=0) -> list: # (B,3,H,W) uint8 or float in [0,1] -> per level, from the unit on, (B,N_l,D) float32
     "Features of every level, as judged by `hjepa.evaluate`."
-    d = self.recipe.data
-    dev = self.encoder.blocks[0].norm1.weight.device
+    d, dev = self.recipe.data, self.encoder.blocks[0].norm1.weight.device
     return self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled, unit=unit)[unit:]
 
 # %% ../nbs/40_model.ipynb #57b10002
@@ -119,11 +126,12 @@ def read(self:HJEPA,
 ) -> dict: # name -> list of (B,N_l,D) float32, one a level or block
     "Levels, their control and all blocks, from one pass of the target encoder."
     d, dev = self.recipe.data, self.encoder.blocks[0].norm1.weight.device
-    of = dict(levels=self.depths, pooled_l0=self.depths[:1] * len(self.pyramid), blocks=range(1, self.target.depth + 1))
-    order = sorted({k for w in what for k in of[w]})
+    gs = self.recipe.levels.groups
+    of = dict(levels=gs, pooled_l0=gs[:1] * len(self.pyramid), blocks=[(k,) for k in range(1, self.target.depth + 1)])
+    order = sorted({k for w in what for g in of[w] for k in g})
     hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
-    P, of = self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]]), {w: [hidden[k] for k in of[w]] for w in what}
-    return {w: [F.layer_norm(h.float(), h.shape[-1:]) for h in hs] if w == 'blocks' else self.cells(hs, P, P.origins(), w == 'pooled_l0') for w, hs in of.items()}
+    P, of = self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]]), {w: [[hidden[k] for k in g] for g in of[w]] for w in what}
+    return {w: [F.layer_norm(h.float(), h.shape[-1:]) for h, in hs] if w == 'blocks' else self.cells(hs, P, P.origins(), w == 'pooled_l0') for w, hs in of.items()}
 
 @patch
 def blocks(self:HJEPA, x:Tensor) -> list: # (B,3,H,W) uint8 or float in [0,1] -> a (B,N_0,D) float32 a block
@@ -150,6 +158,7 @@ def forward(self:HJEPA,
     masks:Masks,  # for the V*B view images, view by view
     step:int=0,   # seeds the random directions of the whole-image loss
     local:Tensor|None=None, # (n,B,C,s,s) small views, whole: their codes join those of the others
+    frames:Tensor|None=None, # (V,B,5) box and flip of each view, for prediction.next_view
 ) -> dict:        # 'loss' and its parts; level losses are relative to chance
     "Loss of one batch."
     V, B = views.shape[:2]
@@ -157,19 +166,29 @@ def forward(self:HJEPA,
     ctx, codes = self.look(x, masks)
     if self.levels_predicted:
         rows = self.predicted_rows(V, B)
-        parts = self.predict(x[rows], ctx[rows], masks[rows])
-        w = (0,) * masks.unit + self.recipe.levels.weights[masks.unit:]
-        pred = sum(a * b for a, b in zip(w, parts)) / sum(w)
-        out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)}
+        parts, extra = self.predict(x[rows], ctx[rows], masks[rows], None if frames is None else frames.flatten(0, 1)[rows])
+        pred = self.weighting(parts, self.predictor.blocks[-1], masks.unit)
+        if self.weighting.kind != 'fixed': out |= {f'weight_{l}': a.detach() for l, a in enumerate(self.weighting.factors())}
+        out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)} | {k: v.detach() for k, v in extra.items()}
+        for k, v in extra.items(): pred = pred + getattr(self.recipe.prediction, k) * v
         total = total + self.recipe.prediction.weight * pred
     if self.whole:
         if local is not None: codes = torch.cat((codes, self.look(local.flatten(0, 1))[1]))
-        whole = self.whole(self.projector(codes).unflatten(0, (-1, B)), step)
+        codes = self.projector(codes).unflatten(0, (-1, B))
+        with torch.autocast(x.device.type, enabled=False): whole = self.whole(codes.float(), step)
         out['whole'] = whole.detach()
         total = total + self.recipe.whole.weight * whole
     return {'loss': total, **out}
 
 # %% ../nbs/40_model.ipynb #61177c4a
+@patch
+def build_losses(self:HJEPA):
+    lv, p, D = self.recipe.levels, self.recipe.prediction, self.recipe.encoder.dim
+    widths = [D * len(g) if lv.join == 'concat' else D for g in lv.groups[:self.levels_predicted]]
+    self.chance = nn.ModuleList(Chance(n, w, p.kind, p.momentum, p.floor) for n, w in zip(self.pyramid.sizes, widths))
+    self.weighting, heads = Weighting(lv.weights, lv.weighting, lv.temperature), self.predictor.heads_out
+    for l, w in enumerate(widths): heads[l] = heads[l] if w == D else nn.Linear(heads[l].in_features, w)
+
 @patch
 def predicted_rows(self:HJEPA, V:int, B:int): # rows of the V*B view images that are predicted: evenly spread in every view
     "All rows, or the recipe's share of them."
@@ -178,31 +197,56 @@ def predicted_rows(self:HJEPA, V:int, B:int): # rows of the V*B view images that
     i = (torch.arange(max(1, round(share * B))) / share).long().clamp(max=B-1)
     return (torch.arange(V)[:, None] * B + i).flatten()
 
+# %% ../nbs/40_model.ipynb #433e0b52
 @patch
-def predict(self:HJEPA, x, ctx, masks) -> list: # per level a scalar, relative to chance
-    "Masked prediction of all levels."
-    full = self.targets(x, masks.origins, levels=self.levels_predicted, unit=masks.unit)
-    pos = lambda l: self.pyramid.centres(l, masks.origins[l], x.device)
-    places = [pos(l)[t] for l, t in enumerate(masks.targets)]
-    answers, losses = self.predictor(ctx, pos(masks.unit)[masks.context], places), []
-    for a, t, idx, c in zip(answers, full, masks.targets, self.chance):
-        if self.training and t is not None: c.observe(t)
-        losses.append(c.relative(distance(a.float(), gather(t, idx), c.kind).mean()) if idx.shape[1] else a.sum() * 0)
-    return losses
+def score(self:HJEPA, l:int, a, t, w=None) -> Tensor: # answers, targets (B,M,D), weights (B,M) -> scalar, relative to the chance of level l
+    if not a.shape[1]: return a.sum() * 0
+    d = distance(a.float(), t, self.chance[l].kind)
+    return self.chance[l].relative((d if w is None else w * d).mean())
 
 @patch
+def predict(self:HJEPA, x, ctx, masks, frames=None) -> tuple: # per level a scalar, relative to chance; further losses by the name of their weight
+    "Masked prediction of all levels."
+    p, u, extra = self.recipe.prediction, masks.unit, {}
+    full = self.targets(x, masks.origins, levels=self.levels_predicted, unit=u, train=True)
+    pos = lambda l: self.pyramid.centres(l, masks.origins[l], x.device)
+    places, seen = [pos(l)[t] for l, t in enumerate(masks.targets)], pos(u)[masks.context]
+    for c, t in zip(self.chance, full if self.training else []):
+        if t is not None: c.observe(t)
+    answers = self.predictor(ctx, seen, [torch.cat((a, seen), 1) if p.visible and l == u else a for l, a in enumerate(places)])
+    wanted = [None if t is None else gather(t, i) for t, i in zip(full, masks.targets)]
+    if p.visible:
+        answers[u], again = answers[u].split((places[u].shape[1], seen.shape[1]), 1)
+        extra['visible'] = self.score(u, again, gather(full[u], masks.context), nearness(masks.context, pos(u)))
+    if p.next_view: extra['next_view'] = self.next_view(ctx, seen, wanted, places, frames)
+    return [self.score(l, a, t) for l, (a, t) in enumerate(zip(answers, wanted))], extra
+
+# %% ../nbs/40_model.ipynb #bf1cc9ad
+@patch
+def next_view(self:HJEPA, ctx, seen, wanted, places, frames) -> Tensor: # scalar, relative to chance
+    "The cells asked of the next view, predicted from this one's context where it shows them."
+    if frames is None: raise HJEPAError("prediction.next_view needs to know where the views lie: pass frames, the box and flip of each, as fit does.")
+    r, after = self.recipe, lambda t: t.unflatten(0, (self.recipe.views.count, -1)).roll(-1, 0).flatten(0, 1)
+    here = [carry(after(p), after(frames), frames, r.grid) for p in places]
+    inside = [((p > 0) & (p < r.grid)).all(-1) for p in here]
+    scores = [self.score(l, a, t if t is None else after(t), i) for l, (a, t, i) in enumerate(zip(self.predictor(ctx, seen, here), wanted, inside))]
+    g = [0 if t is None else w for t, w in zip(wanted, r.levels.weights)]
+    return sum(a * b for a, b in zip(g, scores)) / sum(g)
+
+@patch
+@torch.no_grad()
 def calibrate(self:HJEPA, pieces): # of (views, masks, ...): one whole batch
     "Set the chance levels from a batch before the first step."
     if not self.levels_predicted: return
     rows = [(v.flatten(0, 1)[self.predicted_rows(*v.shape[:2])], m.origins) for v, m, *_ in pieces]
-    for c, ts in zip(self.chance, zip(*[self.targets(x, o, levels=self.levels_predicted) for x, o in rows])): c.calibrate(ts)
+    for c, ts in zip(self.chance, zip(*[self.targets(x, o, levels=self.levels_predicted, train=True) for x, o in rows])): c.calibrate(ts)
 
 @patch
 def after_step(self:HJEPA, momentum:float): # EMA momentum of this step
     "Once per optimizer step, after it: the slow copy and the running chance levels move."
     ema_update(self.target, self.encoder, momentum)
     if self.neck: ema_update(self.target_neck, self.neck, momentum)
-    for c in (self.chance if self.levels_predicted else []): c.commit()
+    for c in ((*self.chance, self.weighting) if self.levels_predicted else ()): c.commit()
 
 # %% ../nbs/40_model.ipynb #76ff8c71
 def build(r, # recipe, name, path
@@ -225,12 +269,14 @@ def step_cost(self:HJEPA, batch:int=4) -> dict: # flops_per_image, tokens per im
     dev, V = m.encoder.blocks[0].norm1.weight.device, r.views.count
     masks = m.draw_masks(V*batch, device=dev)
     views = torch.zeros(V, batch, 3, r.data.image, r.data.image, device=dev)
-    n, s = r.views.local, r.views.local_size
+    n, s, p = r.views.local, r.views.local_size, r.prediction
     local = torch.zeros(n, batch, 3, s, s, device=dev) if n else None
-    with torch.random.fork_rng(), FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): m(views, masks, local=local)['loss'].backward()
-    share = r.prediction.share if self.levels_predicted else 0
+    frames = torch.tensor([0., 0, 1, 1, 1], device=dev).expand(V, batch, 5)
+    with torch.random.fork_rng(), FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): m(views, masks, local=local, frames=frames)['loss'].backward()
+    share = p.share if self.levels_predicted else 0
+    asked = sum(t.shape[1] for t in masks.targets) * (1 + bool(p.next_view)) + masks.context.shape[1] * bool(p.visible)
     return dict(flops_per_image=c.get_total_flops() / batch, tokens=dict(context=V * masks.context.shape[1] + n * (s // r.encoder.patch)**2,
-        target=V * share * self.pyramid.sizes[0], predictor=V * share * sum(t.shape[1] for t in masks.targets)))
+        target=V * share * self.pyramid.sizes[0], predictor=V * share * asked))
 
 # %% ../nbs/40_model.ipynb #ddee4458
 def write_tensors(path, tensors:dict, metadata:dict):

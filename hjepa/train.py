@@ -183,6 +183,7 @@ def pieces(self:Trainer, images, step:int): # yields (views, masks), or (views, 
         views, *local = self.views(images, draw[rows], rows - rank*b)
         m = masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
+        if r.prediction.next_view: local = [*local, None][:1] + [torch.cat((draw.box, draw.flip[..., None]), -1)[:, rows].to(self.device)]
         yield views, m, *local
 
 # %% ../nbs/61_train.ipynb #238c1862

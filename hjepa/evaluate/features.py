@@ -29,12 +29,6 @@ def batches(
         yield i, images[i:i+n] if isinstance(images, Tensor) else torch.stack([images[j] for j in range(i, i + n)])
 
 # %% ../../nbs/evaluate/50_features.ipynb #50b10001
-def finite(z, what, l): # the tensor itself
-    "Raise unless every number is finite."
-    if z.isfinite().all(): return z
-    raise HJEPAError(f'{titles[what]} {l + (what == "blocks")} holds NaN or infinite features: weights or images are broken; train again.')
-
-# %% ../../nbs/evaluate/50_features.ipynb #640b5c10
 titles = dict(levels='Level', pooled_l0='Pooled level', blocks='Block')
 
 def _read(model, x, what): # -> {what: list of (B,N,D)}
@@ -42,6 +36,12 @@ def _read(model, x, what): # -> {what: list of (B,N,D)}
     ways = dict(levels=lambda: model.levels(x), pooled_l0=lambda: model.levels(x, pooled=True), blocks=lambda: model.blocks(x))
     return {w: ways[w]() for w in what}
 
+def finite(z, what, l): # the tensor itself
+    "Raise unless every number is finite."
+    if z.isfinite().all(): return z
+    raise HJEPAError(f'{titles[what]} {l + (what == "blocks")} holds NaN or infinite features: weights or images are broken; train again.')
+
+# %% ../../nbs/evaluate/50_features.ipynb #640b5c10
 @torch.no_grad()
 def run(
     model,            # offers levels() and grids

@@ -111,24 +111,27 @@ def fit_logistic(
     C:float,           # inverse regularisation
     lam:Tensor,        # (F,) variance along each axis
     start:Tensor=None, # (K,F+1) weights to start from
+    tol:float=2e-6,    # largest slope left, in the units of the round bowl
     max_iter:int=300,
 ) -> tuple: # (K,F+1) weights with the bias last, loss
     "The minimum, by preconditioned L-BFGS."
     n, r = len(z), 1 / (C * len(z))
     s = torch.cat([(lam / k + r).rsqrt(), lam.new_full((1,), k ** .5)]) # unit of each axis; the bias is the last
-    onehot, pen = F.one_hot(y, k).to(z.dtype), r * s[:-1] ** 2
+    onehot, pen = z.new_zeros(k, n).scatter_(0, y[None], 1.), r * s[:-1] ** 2
     u = (torch.zeros(k, len(s), dtype=z.dtype, device=z.device) if start is None else start / s).requires_grad_()
-    opt = torch.optim.LBFGS([u], max_iter=max_iter, max_eval=2*max_iter, tolerance_grad=2e-6, tolerance_change=1e-9,
+    opt = torch.optim.LBFGS([u], max_iter=max_iter, max_eval=2*max_iter, tolerance_grad=tol, tolerance_change=1e-9,
                             history_size=20, line_search_fn='strong_wolfe')
     def loss_and_grad():
         w = u * s
-        lp = logits(z, w).log_softmax(1)
-        p = ((lp.exp() - onehot) / n).T
-        u.grad = torch.cat([p @ z, p.sum(1, keepdim=True)], 1) * s
+        lp = torch.addmm(w[:, -1:], w[:, :-1], z.T).log_softmax(0) # (K,N)
+        loss = .5 * (pen * u[:, :-1] ** 2).sum() - lp.gather(0, y[None]).mean()
+        p = lp.exp_().sub_(onehot)
+        u.grad = torch.cat([p @ z, p.sum(1, keepdim=True)], 1) * (s / n)
         u.grad[:, :-1] += pen * u[:, :-1]
-        return -lp.gather(1, y[:, None]).mean() + .5 * (pen * u[:, :-1] ** 2).sum()
+        return loss
     opt.step(loss_and_grad)
     return u.detach() * s, float(loss_and_grad())
+
 
 # %% ../../nbs/evaluate/51_probes.ipynb #1ec6c132
 def logits(z, w): return z @ w[:, :-1].T + w[:, -1]
@@ -203,14 +206,16 @@ class LinearHead:
         self.mu, off, scale = scaling(x)
         (z,), k, (fit, val) = standardise(x), int(y.max()) + 1, held_out(y, seed)
         lam, v = principal(z, width)
-        p, best, w = z @ v, None, None
+        p, best, w, ahead = z @ v, None, None, None
+        pf, yf, pv, yv = p[fit], y[fit], p[val], y[val]
         for C in sorted(Cs):
-            w, _ = fit_logistic(p[fit], y[fit], k, C, lam, w)
-            loss = float(F.cross_entropy(logits(p[val], w), y[val]))
+            was, w = w, fit_logistic(pf, yf, k, C, lam, ahead, tol=3e-4)[0]
+            ahead = w if was is None else 2 * w - was
+            loss = float(F.cross_entropy(logits(pv, w), yv))
             if best is None or loss < best[0]: best = (loss, C, w)
             elif loss > (1 + rise) * best[0]: break
         self.loss, self.C, w = best
-        self.val = float((classify(p[val], w) == y[val]).float().mean())
+        self.val = float((classify(pv, w) == yv).float().mean())
         w, _ = fit_logistic(p, y, k, self.C, lam, w)
         m = v @ w[:, :-1].T
         self.w, self.b = scale.float()[:, None] * m, w[:, -1] - (off * scale).float() @ m

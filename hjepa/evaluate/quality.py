@@ -20,6 +20,7 @@ def variances(
     "Spectrum of the covariance (or second moment)."
     if x.ndim != 2 or len(x) < 2: raise HJEPAError(f'A spectrum needs (N,D) features of at least 2 images and got {tuple(x.shape)}.')
     x = x.detach().cpu().double()
+    if n := int((~x.isfinite()).any(1).sum()): raise HJEPAError(f'{n:,} of {len(x):,} rows hold NaN or infinite numbers: the weights or the images are broken; train again or mend them.')
     size = x.square().mean()
     if center: x = x - x.mean(0)
     if x.square().mean() <= 1e-10 * size: return x.new_zeros(min(x.shape)) # what is left is rounding
@@ -164,7 +165,8 @@ def cka(
     "Linear CKA with debiased HSIC."
     if len(x) != len(y) or len(x) < 4: raise HJEPAError(f'CKA compares features of the same images, at least 4, and got {len(x)} and {len(y)}.')
     def kernel(t):
-        t = t.detach().cpu().double(); t = t - t.mean(0)
+        t = t.detach().cpu().double(); size, t = t.square().mean(), t - t.mean(0)
+        if t.square().mean() <= 1e-10 * size: t = t * 0                  # what is left is rounding
         return (t @ t.T).fill_diagonal_(0)
     def hsic(k, l):
         n, a, b = len(k), k.sum(0), l.sum(0)

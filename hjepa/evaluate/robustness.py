@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..config import HJEPAError, nearest
 from ..data.sets import DataError, Folder, data_root
 from ..style import arm_colors
-from .features import batches, level_features, pixels
+from .features import batches, features, pixels
 from .probes import LinearHead, bootstrap, choose_level, stratified_subset
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000005
@@ -417,13 +417,14 @@ def summarise(
 def probes_of(
     model, twin,       # offers levels() and grids; the same-seed untrained one
     train,             # the labelled images, clean
-    seed:int=0, batch:int=500, cache=None, # see level_features()
+    seed:int=0, batch:int=500, cache=None, # see features()
 ) -> tuple: # (predict: images -> {(arm, level): classes}, {arm: {level: LinearHead}})
     "A linear probe for every arm and level, and one function that asks them all."
-    feats = dict(hjepa=lambda x, c=None: level_features(model, x, batch=batch, cache=c), untrained=lambda x, c=None: level_features(twin, x, batch=batch, cache=c),
-                 pooled_l0=lambda x, c=None: level_features(model, x, True, batch=batch, cache=c), pixels=lambda x, c=None: [pixels(x)])
-    heads = {a: {'pixels' if a == 'pixels' else str(l): LinearHead(z, train.labels, seed=seed) for l, z in enumerate(f(train, cache))} for a, f in feats.items()}
-    return lambda x: {(a, l): h(z) for a, f in feats.items() for (l, h), z in zip(heads[a].items(), f(x))}, heads
+    def feats(x, c=None): # {arm: list of (N,F)}, one pass a network
+        mine, its = features(model, x, dict(levels=['mean'], pooled_l0=['mean']), batch, c), features(twin, x, dict(levels=['mean']), batch, c)
+        return dict(hjepa=mine['levels']['mean'], untrained=its['levels']['mean'], pooled_l0=mine['pooled_l0']['mean'], pixels=[pixels(x)])
+    heads = {a: {'pixels' if a == 'pixels' else str(l): LinearHead(z, train.labels, seed=seed) for l, z in enumerate(zs)} for a, zs in feats(train, cache).items()}
+    return lambda x: {(a, l): h(z) for a, zs in feats(x).items() for (l, h), z in zip(heads[a].items(), zs)}, heads
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000033
 def robustness(
