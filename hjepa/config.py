@@ -254,6 +254,7 @@ def patch_problems(r, e, cells, g):
     for on, what in ((e.windows, 'encoder.windows'), (e.stem == 'conv', 'encoder.stem=conv'), (r.levels.learned, 'a learned neck (levels.pool, fpn, across, slots)')):
         if on: yield f"encoder.patches resizes a linear patch embedding and changes the grid, and {what} is made for one size: use one of the two."
 
+# %% ../nbs/00_config.ipynb #a2be92dc
 def level_problems(r, lv):
     "Pooling and necks that would do nothing, or never learn."
     n, e = len(lv.cells) + lv.top, r.encoder
