@@ -114,7 +114,8 @@ def __call__(self:Step):
     "Masks, target, context, predictor, backward, clip, AdamW, slow copy."
     if self.n == 0: self.model.calibrate(self.pieces())
     for views, masks, *local in self.pieces():
-        with self.autocast(): loss = self.model(views, masks, self.n, *local)['loss']
+        whole = torch.tensor([0., 0, 1, 1, 1], device=self.device).expand(*views.shape[:2], 5)   # every view is the whole image
+        with self.autocast(): loss = self.model(views, masks, self.n, *local, frames=whole if self.r.prediction.next_view else None)['loss']
         (loss / self.r.train.accumulate).backward()
     if self.r.optim.clip: torch.nn.utils.clip_grad_norm_(self.params, self.r.optim.clip)
     self.opt.step(); self.opt.zero_grad(set_to_none=True)
@@ -373,7 +374,7 @@ def one_level(r:Recipe) -> Recipe: # as many context tokens, questions and targe
     m, n, d = r.masks, len(r.levels.cells), r.levels.depths
     asked = [sum(k * (b // c)**2 for k, b in zip(m.hidden[l:], r.levels.cells[l:])) for l, c in enumerate(r.levels.cells)]
     asked = sum(asked if m.predict is None else map(min, m.predict, asked))
-    return recipe(r, **{'levels.cells': (1,), 'levels.weights': (1.,), 'levels.depths': (max(d[:n]), *d[n:]),
+    return recipe(r, **{'levels.cells': (1,), 'levels.weights': (1.,), 'levels.depths': (max(b for g in r.levels.groups[:n] for b in g), *d[n:]),
         'masks.hidden': (r.hidden_patches,), 'masks.predict': (min(asked, r.hidden_patches),)})
 
 # %% ../nbs/90_bench.ipynb #cca7a0d1

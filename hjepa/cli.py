@@ -43,6 +43,7 @@ def overrides(words:list) -> dict: # ['lr=1e-3', ...] -> recipe changes
 def number(v):
     "YAML reads 1e-3 as a word; people do not."
     if isinstance(v, list): return [number(x) for x in v]
+    if isinstance(v, dict): return {k: number(x) for k, x in v.items()}
     return float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?[\d.]+e[-+]?\d+', v, re.I) else v
 
 # %% ../nbs/91_cli.ipynb #351c181e
