@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import HJEPAError
 from ..data.scenes import classes
 from ..evaluate.probes import linear_probe, principal, standardise, stratified_subset
-from .consistency import TREES, colours, resample, titles, tree_paths
+from .consistency import TREES, resample, titles, tree_paths
 
 # %% ../../nbs/analyze/71_affinity.ipynb #9299b6d6
 EXPECT = dict(scenes=dict(texture='fine', ground='fine', x='fine', y='fine', shape='coarse', layout='coarse'),
@@ -218,7 +218,7 @@ def plot_slopes(r:dict): # of affinity()
     names = list(r['hjepa']['matrix']); fig, ax = plt.subplots(figsize=(4.6, .7 + .38*len(names)))
     for j, k in enumerate(r):
         s = [m['slope'] for m in r[k]['matrix'].values()]; y = np.arange(len(names)) + .14*(j - (len(r)-1)/2)
-        ax.errorbar([v['value'] for v in s], y, xerr=[[v['value'] - v['lo'] for v in s], [v['hi'] - v['value'] for v in s]], fmt='o', ms=4, lw=1.2, color=colours[k], label=titles[k])
+        ax.errorbar([v['value'] for v in s], y, xerr=[[v['value'] - v['lo'] for v in s], [v['hi'] - v['value'] for v in s]], fmt='o', ms=4, lw=1.2, color=arm_colors[k], label=titles[k])
     ax.axvline(0, color='k', lw=.8); ax.set(yticks=range(len(names)), xlabel='affinity, coarsest level minus level 0'); ax.invert_yaxis()
     ax.set_yticklabels([f"{n} {sign.get(m['expect'], ' ')}" for n, m in r['hjepa']['matrix'].items()]); ax.legend(fontsize=7.5)
     return fig
