@@ -29,7 +29,7 @@ demo: $(STAMP) ## train, judge and report on CIFAR-10, minutes on two cores (ARG
 test: $(STAMP) ## the gates, the notebooks, the tests (FLAGS='slow' runs flagged cells too)
 	$(BIN)/python tools/gate.py drift checks
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LIMIT) $(BIN)/nbdev_test --n_workers 2 --do_print --timing --flags '$(FLAGS)'
-	$(LIMIT) $(BIN)/python -m pytest tests -q
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LIMIT) $(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 	@$(BIN)/python tools/gate.py skipped --flags '$(FLAGS)'
 
 lab: $(STAMP) ## open the notebooks in JupyterLab

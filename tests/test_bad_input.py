@@ -469,7 +469,7 @@ def test_fetch_through_torchvision_is_whole_or_nothing(home, monkeypatch):
 
 # ---- archives and the door
 
-@pytest.mark.parametrize('data', [b'', b'text', gzip.compress(b'x'*3000)[:20]])
+@pytest.mark.parametrize('data', [b'', b'text', gzip.compress(b'x'*3000)[:20]], ids=['empty', 'text', 'cut'])
 def test_archives_that_cannot_be_unpacked(home, data):
     (home/'a.tgz').write_bytes(data)
     with pytest.raises(DataError) as e: files.unpack(home/'a.tgz', home/'out')

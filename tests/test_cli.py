@@ -119,6 +119,7 @@ def test_suite_goes_on_where_it_stopped(folder, capsys, monkeypatch):
         return f
     monkeypatch.setattr(suite, 'report', lambda *a, **k: pytest.fail('the card was there'))
     monkeypatch.setattr(suite, 'PARTS', dict(few_shot=part('one'), probes=part('two', True), views=part('three'), robustness=part('four')))
+    monkeypatch.setitem(suite.SUITES, 'standard', tuple(suite.PARTS))
     assert main(capsys, 'evaluate', run, '--suite', 'standard', '--no-umap')[0] == 130 and asked == ['one', 'two']
     suite.PARTS['probes'] = part('two')
     assert main(capsys, 'evaluate', run, '--suite', 'standard', '--no-umap')[0] == 0 and asked == ['one', 'two', 'two', 'three', 'four']

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import matplotlib.pyplot as plt
 from torch import Tensor
 from ..config import HJEPAError
+from ..style import arm_colors
 from ..data.scenes import classes
 from ..evaluate.probes import linear_probe, principal, standardise, stratified_subset
 from .consistency import TREES, resample, titles, tree_paths
