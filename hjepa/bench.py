@@ -35,7 +35,7 @@ from .data.sets import load
 from .data.views import make_views, normalise, recolour
 from .data.loader import Loader
 from .model import build
-from .optim import cosine, param_groups
+from .optim import cosine, linear, optimizer, settled
 from .foreign import foreign
 from .evaluate.features import level_features
 from .evaluate.probes import C_grid, LinearHead, classify, fit_logistic, held_out, knn_probe, principal, standardise
@@ -85,7 +85,7 @@ class Step:
         if precision not in ('fp32', 'bf16'): raise HJEPAError(f"precision '{precision}' is unknown: use fp32 or bf16.")
         self.r, self.device, self.n = r, torch.device(device), 0
         self.model = build(r).to(self.device).train()
-        self.opt = torch.optim.AdamW(param_groups(self.model, r.optim.wd), lr=r.optim.lr, betas=r.optim.betas, fused=self.device.type in ('cpu', 'cuda'))
+        self.opt = optimizer(self.model, r.optim)
         if compile:
             for part in ('encoder', 'target', 'predictor'):
                 if hasattr(self.model, part): getattr(self.model, part).compile()
@@ -111,14 +111,16 @@ def pieces(self:Step): # yields (views, masks), or (views, masks, local views)
 
 @patch
 def __call__(self:Step):
-    "Masks, target, context, predictor, backward, clip, AdamW, slow copy."
+    "Masks, target, context, predictor, backward, clip, optimizer, slow copy."
     if self.n == 0: self.model.calibrate(self.pieces())
     for views, masks, *local in self.pieces():
-        with self.autocast(): loss = self.model(views, masks, self.n, *local)['loss']
+        whole = torch.tensor([0., 0, 1, 1, 1], device=self.device).expand(*views.shape[:2], 5)   # every view is the whole image
+        with self.autocast(): loss = self.model(views, masks, self.n, *local, frames=whole if self.r.prediction.next_view else None)['loss']
         (loss / self.r.train.accumulate).backward()
     if self.r.optim.clip: torch.nn.utils.clip_grad_norm_(self.params, self.r.optim.clip)
     self.opt.step(); self.opt.zero_grad(set_to_none=True)
-    self.model.after_step(cosine(self.r.optim.ema, self.r.optim.ema_end, self.n / 1000))
+    o = self.r.optim
+    with settled(self.opt): self.model.after_step((linear if o.ema_schedule == 'linear' else cosine)(o.ema, o.ema_end, self.n / 1000))
     self.n += 1
 
 # %% ../nbs/90_bench.ipynb #2da78c58
@@ -373,7 +375,7 @@ def one_level(r:Recipe) -> Recipe: # as many context tokens, questions and targe
     m, n, d = r.masks, len(r.levels.cells), r.levels.depths
     asked = [sum(k * (b // c)**2 for k, b in zip(m.hidden[l:], r.levels.cells[l:])) for l, c in enumerate(r.levels.cells)]
     asked = sum(asked if m.predict is None else map(min, m.predict, asked))
-    return recipe(r, **{'levels.cells': (1,), 'levels.weights': (1.,), 'levels.depths': (max(d[:n]), *d[n:]),
+    return recipe(r, **{'levels.cells': (1,), 'levels.weights': (1.,), 'levels.depths': (max(b for g in r.levels.groups[:n] for b in g), *d[n:]),
         'masks.hidden': (r.hidden_patches,), 'masks.predict': (min(asked, r.hidden_patches),)})
 
 # %% ../nbs/90_bench.ipynb #cca7a0d1

@@ -6,9 +6,9 @@
 __all__ = ['Share', 'Beta', 'recipes', 'PEERS', 'HJEPAError', 'nearest', 'named', 'Branch', 'Data', 'Views', 'Encoder', 'Levels',
            'Masks', 'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'encoder_problems',
            'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'loss_problems', 'weight_problems',
-           'length_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml', 'cifar10_cpu',
-           'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe', 'flat', 'ijepa', 'bootleg', 'cjepa', 'mae',
-           'vicreg', 'lejepa', 'dino', 'supervised', 'peer', 'add_peer']
+           'length_problems', 'optim_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml',
+           'cifar10_cpu', 'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe', 'flat', 'ijepa', 'bootleg', 'cjepa',
+           'mae', 'vicreg', 'lejepa', 'dino', 'supervised', 'peer', 'add_peer']
 
 # %% ../nbs/00_config.ipynb #568441f4
 import difflib, importlib, math
@@ -151,15 +151,22 @@ class Whole(Branch):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class Optim(Branch):
-    lr:float = Field(1e-3, gt=0)      # peak learning rate of AdamW
+    kind:Literal['adamw', 'schedulefree', 'lars', 'muon'] = 'adamw' # muon: for the matrices of blocks, AdamW for the rest
+    lr:float = Field(1e-3, gt=0)      # peak learning rate
     lr_end:float = Field(1e-6, ge=0)
     warmup:float = Field(.1, ge=0, lt=1) # share of the steps over which the rate rises
+    schedule:Literal['cosine', 'linear', 'constant'] = 'cosine' # after it. linear: constant, then a straight line down
+    restarts:int = Field(0, ge=0)     # how often the cosine starts anew
+    cooldown:float = Field(.2, gt=0, le=1) # share of the steps of that straight line
+    layer_decay:float = Field(1., gt=0, le=1) # rate of each encoder layer over that of the next
+    momentum:Beta = .9                # of lars and muon
     betas:tuple[Beta, Beta] = (.9, .95)
     wd:float = Field(.05, ge=0)       # weight decay at the start and at the end (cosine)
     wd_end:float = Field(.05, ge=0)
     clip:float | None = Field(1., gt=0) # largest gradient norm; None = no clipping
     ema:float = Field(.996, ge=0, le=1) # momentum of the target encoder at the start and at the end
     ema_end:float = Field(1., ge=0, le=1)
+    ema_schedule:Literal['cosine', 'linear'] = 'cosine' # the way from the one to the other
 
 # %% ../nbs/00_config.ipynb #8ae43d74
 class Train(Branch):
@@ -226,6 +233,7 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     yield from view_problems(r.data, r.views, e.patch, r.whole.kind)
     yield from loss_problems(r, r.prediction, lv, r.whole)
     yield from length_problems(r)
+    yield from optim_problems(r.optim)
 
 # %% ../nbs/00_config.ipynb #c71ba392
 def encoder_problems(r, e, cells, g):
@@ -253,6 +261,7 @@ def patch_problems(r, e, cells, g):
     for on, what in ((e.windows, 'encoder.windows'), (e.stem == 'conv', 'encoder.stem=conv'), (r.levels.learned, 'a learned neck (levels.pool, fpn, across, slots)')):
         if on: yield f"encoder.patches resizes a linear patch embedding and changes the grid, and {what} is made for one size: use one of the two."
 
+# %% ../nbs/00_config.ipynb #a2be92dc
 def level_problems(r, lv):
     "Pooling and necks that would do nothing, or never learn."
     n, e = len(lv.cells) + lv.top, r.encoder
@@ -331,6 +340,14 @@ def length_problems(r):
     if len(given) != 1: yield f"train needs exactly one of epochs, steps, minutes and has {given or 'none'}: unset the others with null."
     if t.precision == 'bf16' and t.device == 'mps': yield "train.precision bf16 is not offered on mps: use 'auto' or 'fp32'."
 
+# %% ../nbs/00_config.ipynb #34c0f1a0
+def optim_problems(o):
+    "Optimizers and schedules that contradict each other."
+    if o.kind == 'schedulefree' and o.schedule != 'constant': yield f"optim.kind schedulefree averages weights instead of lowering the rate, and optim.schedule is {o.schedule}: set optim.schedule=constant."
+    if o.kind == 'schedulefree' and not o.betas[0]: yield "optim.kind schedulefree steps between its average and its last point, and optim.betas starts with 0, which leaves no between: use .9."
+    if o.restarts and o.schedule != 'cosine': yield f"optim.restarts is {o.restarts}, but only a cosine starts anew and optim.schedule is {o.schedule}: set optim.schedule=cosine or optim.restarts=0."
+    if o.schedule == 'linear' and o.warmup + o.cooldown > 1: yield f"optim.warmup {o.warmup:g} and optim.cooldown {o.cooldown:g} are more than the whole run: shorten one."
+
 # %% ../nbs/00_config.ipynb #efd2b62b
 def fields(r:Branch, prefix='') -> dict: # dotted path -> value
     "Every leaf of the tree."
@@ -347,7 +364,7 @@ def full_key(key:str) -> str: # dotted path
     found = [p for p in leaves if p == key] or [p for p in leaves if p.endswith('.' + key)]
     if len(found) == 1: return found[0]
     if found: raise HJEPAError(f"'{key}' could be {' or '.join(found)}: write the dotted path.")
-    if key.startswith('whole.args.'): return key
+    if key.startswith('whole.args.') or key == 'peer': return key
     raise HJEPAError(f"Unknown recipe key '{key}'." + nearest(key, {p.split('.')[-1] for p in leaves}))
 
 # %% ../nbs/00_config.ipynb #059991c7
@@ -363,7 +380,8 @@ def from_dict(d:dict) -> Recipe:
 
 # %% ../nbs/00_config.ipynb #4a0f2850
 def change(r:Recipe, **kw) -> Recipe: # keys: 'optim.lr', optim__lr, or a short name that is unique
-    "The recipe with some leaves replaced."
+    "The recipe with some leaves replaced; peer='mae' first puts another method's objective in."
+    if 'peer' in kw: r = peer(kw.pop('peer'), r)
     d = r.model_dump()
     for key, v in kw.items():
         *path, last = full_key(key).split('.')
@@ -497,7 +515,7 @@ def peer(
     **kw,               # further changes, as in change()
 ) -> Recipe:
     "A recipe of ours with another method's objective."
-    if name not in PEERS: raise HJEPAError(f"Unknown peer '{name}'." + nearest(name, PEERS))
+    if name not in PEERS: raise HJEPAError(f"Unknown peer '{name}'." + nearest(str(name), PEERS))
     b = recipe(base)
     return change(b, **{'name': f'peer-{name}', **flat(b), **PEERS[name](b), **kw})
 

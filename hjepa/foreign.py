@@ -73,13 +73,8 @@ def prepare(self:Foreign, x:Tensor) -> Tensor: # (B,3,H,W) uint8 or float in [0,
 @patch
 def levels(self:Foreign, x:Tensor, pooled=False) -> list: # (B,3,H,W) uint8 or float in [0,1] -> per level (B,N_l,D_l) float32
     "Features of every level, as judged by `hjepa.evaluate`."
-    ds = [self.depths[0]] * len(self.grids) if pooled else self.depths
-    order = sorted(set(ds))
-    maps = dict(zip(order, self._maps(self.prepare(x), [d - 1 for d in order])))
-    tokens = lambda m: m.float().flatten(2).mT
-    if self.plain: out = [self.pyramid.pool(tokens(maps[d]), l) for l, d in enumerate(ds)]
-    else: out = [tokens(F.adaptive_avg_pool2d(maps[d], g)) for d, g in zip(ds, self.grids)]
-    return [F.layer_norm(t, t.shape[-1:]) for t in out]
+    what = 'pooled_l0' if pooled else 'levels'
+    return self.read(x, (what,))[what]
 
 # %% ../nbs/42_foreign.ipynb #57b20002
 @patch

@@ -318,8 +318,9 @@ def read_tensors(path) -> tuple: # tensors, metadata
     if 'recipe' not in meta: raise HJEPAError(f"{path} carries no recipe, so it is not one of ours: save models with `model.save(path)`.")
     return tensors, meta
 
-def load(path) -> HJEPA: # a model.safetensors, or a run directory that holds one
+def load(path) -> HJEPA: # a model.safetensors, a run directory that holds one, or pretrained:NAME
     "The model a file describes, in evaluation mode."
+    if str(path).startswith('pretrained:'): return load_pretrained(str(path).partition(':')[2])
     path = Path(path)
     tensors, meta = read_tensors(path / 'model.safetensors' if path.is_dir() else path)
     model = HJEPA(from_yaml(meta['recipe']))

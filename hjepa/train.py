@@ -24,7 +24,7 @@ from .data.sets import ImageSet, load as load_images
 from .data.views import draw_views, make_views, pil_crops, recolour
 from .data.loader import Loader, mixed_seed
 from .losses.prediction import all_mean
-from .optim import cosine, learning_rate, param_groups
+from .optim import cosine, learning_rate, linear, optimizer, settled
 from .model import HJEPA, build, read_tensors, write_tensors
 from .monitor import Monitor
 from .evaluate.card import plot_history, read_history
@@ -133,7 +133,7 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.labels = labels if 'labels' in model.asks else None         # no other loss can see them
         if 'labels' in model.asks and (labels is None or (labels < 0).any()): raise HJEPAError(f"whole.kind {r.whole.kind} learns from labels and these data {'have none' if labels is None else 'lack some'}: use data with labels, or another loss.")
-        self.opt = torch.optim.AdamW(param_groups(self.model, r.optim.wd), lr=r.optim.lr, betas=r.optim.betas, fused=self.device.type in ('cpu', 'cuda'))
+        self.opt = optimizer(self.model, r.optim)
         if t.compile:
             for part in ('encoder', 'target', 'predictor'):
                 if hasattr(model, part): getattr(model, part).compile()
@@ -194,8 +194,9 @@ def pieces(self:Trainer, images, step:int): # yields (views, masks, local views,
 def update(self:Trainer, images, step:int) -> dict: # losses, as tensors on the device
     "One optimizer step on this process's images."
     o, t, x = self.r.optim, self.r.train, step / max(self.steps - 1, 1)
+    lr = learning_rate(step, self.steps, o.lr, o.lr_end, o.warmup, o.schedule, o.restarts, o.cooldown)
     for g in self.opt.param_groups:
-        g['lr'] = learning_rate(step, self.steps, o.lr, o.lr_end, o.warmup)
+        g['lr'] = lr * g['lr_scale']
         if g['decay']: g['weight_decay'] = cosine(o.wd, o.wd_end, x)
     torch.manual_seed(mixed_seed(self.r.seed, step, 2, self.acc.process_index))      # stochastic depth
     if step == 0: self.model.calibrate(self.pieces(images, step))
@@ -207,7 +208,8 @@ def update(self:Trainer, images, step:int) -> dict: # losses, as tensors on the 
         for k, v in losses.items(): total[k] = total.get(k, 0.) + v.detach() / t.accumulate
     if o.clip: torch.nn.utils.clip_grad_norm_(self.params, o.clip)
     self.opt.step(); self.opt.zero_grad(set_to_none=True)
-    self.model.after_step(cosine(o.ema, o.ema_end, x))
+    momentum = (linear if o.ema_schedule == 'linear' else cosine)(o.ema, o.ema_end, x)
+    with settled(self.opt): self.model.after_step(momentum)
     return total
 
 # %% ../nbs/61_train.ipynb #11dfdf68
@@ -217,7 +219,7 @@ def rehearse(self:Trainer, warm=5, timed=20) -> float: # seconds a step
     before, self.steps = {k: v.clone() for k, v in self.model.state_dict().items()}, 1000
     ends = []
     for s, x in enumerate(self.loader.run(0, warm + timed)): self.update(x, s); self.sync(); ends.append(time.perf_counter())
-    self.model.load_state_dict(before); self.opt.state.clear()
+    self.model.load_state_dict(before); self.opt = optimizer(self.model, self.r.optim)
     return statistics.median(b - a for a, b in zip(ends[warm-1:], ends[warm:]))
 
 @patch
@@ -246,8 +248,9 @@ def save(self:Trainer):
     facts = dict(step=str(self.step), steps=str(self.steps), seconds=str(self.seconds))
     write_rows(self.out / 'history.csv', self.rows)
     if self.monitor: write_rows(self.out / 'monitor.csv', self.monitor.rows)
-    self.model.save(self.out / 'model.safetensors', **facts)
-    write_tensors(self.out / 'state.safetensors', state, {'recipe': to_yaml(self.r), **facts})
+    with settled(self.opt): self.model.save(self.out / 'model.safetensors', **facts)
+    counts = [{k: g[k] for k in ('k', 'weight_sum', 'lr_max') if k in g} for g in self.opt.param_groups]    # what schedulefree keeps there
+    write_tensors(self.out / 'state.safetensors', state, {'recipe': to_yaml(self.r), 'counts': json.dumps(counts), **facts})
 
 @patch
 def restore(self:Trainer) -> bool: # True if there was something to go on from
@@ -261,6 +264,7 @@ def restore(self:Trainer) -> bool: # True if there was something to go on from
     for n, p in self.model.named_parameters():
         s = {k.rpartition('.')[2]: v for k, v in state.items() if k.startswith(f'opt.{n}.') and k.count('.') == n.count('.') + 2}
         if s: self.opt.state[p] = {k: v if k == 'step' else v.to(self.device) for k, v in s.items()}
+    for g, c in zip(self.opt.param_groups, json.loads(meta.get('counts', '[]'))): g.update(c)
     self.step, self.steps, self.seconds = int(meta['step']), int(meta['steps']), float(meta['seconds'])
     self.rows = [r for r in read_rows(self.out / 'history.csv') if r['step'] < self.step]
     if self.monitor:
@@ -278,7 +282,7 @@ def log(self:Trainer, losses:dict, started:float):
     now = self.seconds + time.perf_counter() - started
     last = self.rows[-1] if self.rows else dict(step=-1, seconds=0.)
     row = dict(step=self.step, images=(self.step + 1) * self.r.train.batch, seconds=round(now, 3), **{k: round(x, 5) for k, x in v.items()},
-               lr=self.opt.param_groups[0]['lr'], images_per_second=round((self.step - last['step']) * self.r.train.batch / max(now - last['seconds'], 1e-9), 1))
+               lr=max(g['lr'] for g in self.opt.param_groups), images_per_second=round((self.step - last['step']) * self.r.train.batch / max(now - last['seconds'], 1e-9), 1))
     self.rows.append(row)
     if self.board:
         for k, x in row.items(): self.board.add_scalar(k, x, self.step)
@@ -289,7 +293,8 @@ def log(self:Trainer, losses:dict, started:float):
 def look(self:Trainer, bar):
     "Monitor the model; say so when it is collapsing."
     if not (self.monitor and self.main): return
-    for sentence in self.monitor.check(self.model, self.step): bar.write(f'[step {self.step}] warning: {sentence}')
+    with settled(self.opt): said = self.monitor.check(self.model, self.step)
+    for sentence in said: bar.write(f'[step {self.step}] warning: {sentence}')
     self.last_look = {k: f'{v:.3f}' for k, v in self.monitor.rows[-1].items() if k in ('energy', 'erank', 'knn')}
 
 def in_notebook() -> bool:
@@ -396,6 +401,7 @@ def fit(
 def finish(tr:Trainer, done:bool) -> Run:
     "Facts of a run, written beside it."
     m = tr.model.eval()
+    if hasattr(tr.opt, 'eval'): tr.opt.eval()                 # schedulefree: from here on the weights it stands for
     seen = tr.step * tr.r.train.batch
     tr.facts |= dict(train_seconds=round(tr.seconds, 2), images_seen=seen, images_per_second=round(seen / max(tr.seconds, 1e-9), 1), steps=tr.step,
         params=sum(p.numel() for p in m.encoder.parameters()), params_trained=sum(p.numel() for p in tr.params),

@@ -11,7 +11,7 @@ from tiny import ENV, TINY, images, tiny
 
 SMALL = ['encoder.patch=8', 'encoder.dim=16', 'encoder.depth=2', 'encoder.heads=2', 'predictor.dim=16', 'predictor.heads=2', 'whole.hidden=32', 'whole.dim=8',
          'train.batch=16', 'steps=3', 'device=cpu', 'precision=fp32', 'monitor=0', 'log=1', 'labelled=60']
-HELPED = ('train', 'evaluate', 'compare', 'data', 'bench', 'recipes')
+HELPED = ('train', 'evaluate', 'compare', 'data', 'bench', 'recipes', 'sweep')
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch): # a small data set on disk: 3 classes; and a home of its own, with no way to a network

@@ -173,6 +173,15 @@ def test_bad_inputs(tmp_path):
     refused(lambda: small('mae', **{'prediction.gradient': True, 'whole.kind': 'vicreg', 'views.count': 2}), 'not made by one')
     refused(lambda: peer('moco'), 'Unknown peer'); refused(lambda: build(small('dino', **{'whole.args': dict(prototype=4)})), "Did you mean 'prototypes'")
 
+def test_a_peer_is_a_change_like_any_other(capsys, tmp_path):
+    from hjepa.cli import main
+    from hjepa.sweep import read_sweep, recipes_of
+    (tmp_path/'s.yaml').write_text('name: peers\nrecipe: cifar10\nchange: {steps: 5}\narms: {ours: , mae: {peer: mae}, tuned: {peer: dino, lr: 0.01}}\n')
+    rs = recipes_of(read_sweep(tmp_path/'s.yaml')); plain = recipe('cifar10', steps=5)
+    assert rs == dict(ours=plain, mae=peer('mae', plain), tuned=peer('dino', plain, lr=.01)) and rs['mae'].encoder == plain.encoder
+    assert main(['recipes', 'cifar10', 'peer=mae']) == 0 and 'hjepa.peers.pixels' in capsys.readouterr().out
+    assert main(['recipes', 'cifar10', 'peer=moco']) == 2 and 'Unknown peer' in capsys.readouterr().err
+
 # ---- two processes
 
 WORKER = '''

@@ -6,7 +6,8 @@ from hjepa.train import fit
 from tiny import ENV, TINY, images
 
 CASES = {'local': {'views.local': 2, 'views.local_size': 16}, 'sigreg': {}, 'vicreg': {'whole.kind': 'vicreg', 'whole.args': {}}, 'share': {'prediction.share': .5},
-         'pieces': {'whole.kind': 'none', 'train.accumulate': 2}, 'pieces-sigreg': {'train.accumulate': 2, 'encoder.drop_path': .2}}
+         'pieces': {'whole.kind': 'none', 'train.accumulate': 2}, 'pieces-sigreg': {'train.accumulate': 2, 'encoder.drop_path': .2},
+         'schedulefree': {'optim.kind': 'schedulefree', 'optim.schedule': 'constant', 'train.save': 1e-9}, 'muon': {'optim.kind': 'muon'}}
 WORKER = '''
 import sys, torch
 import hjepa.model as hm

@@ -71,6 +71,8 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('whole.kind', 'vicreg', {'whole.args': {}}), ('whole.kind', 'none'), ('whole.weight', .5), ('whole.args', {'lam': .5}), ('whole.hidden', 32), ('whole.dim', 12),
     ('optim.lr', 2e-3), ('optim.lr_end', 1e-4), ('optim.warmup', .7), ('optim.betas', (.8, .9)), ('optim.wd', .5), ('optim.wd_end', .5),
     ('optim.clip', .01), ('optim.clip', None), ('optim.ema', .5), ('optim.ema_end', .5),
+    ('optim.kind', 'schedulefree', {'optim.schedule': 'constant'}), ('optim.kind', 'lars'), ('optim.kind', 'muon'), ('optim.schedule', 'linear'), ('optim.schedule', 'constant'),
+    ('optim.restarts', 1), ('optim.cooldown', .9, {'optim.schedule': 'linear'}), ('optim.layer_decay', .5), ('optim.momentum', .5, {'optim.kind': 'lars'}), ('optim.momentum', .5, {'optim.kind': 'muon'}), ('optim.ema_schedule', 'linear', {'train.steps': 4}),
     ('train.batch', 10), ('train.accumulate', 2), ('train.epochs', 1.), ('train.steps', 4), ('train.minutes', .0001), ('train.precision', 'bf16'),
     ('train.log', 2), ('train.monitor', 1), ('train.tensorboard', True)]
 CHANGES += [('levels.depths', (1, (1, 2), 2)), ('levels.join', 'mean', {'levels.depths': (1, (1, 2), 2)}), ('levels.weighting', 'uw-so'), ('levels.temperature', 5., {'levels.weighting': 'uw-so'}),

@@ -96,7 +96,7 @@ def layers(net:Classifier) -> dict: # name of a parameter -> its layer, from 0; 
 def groups(net:Classifier, wd:float, decay:float) -> list: # AdamW groups with 'lr_scale' and 'weight_decay'
     "What learns, by layer and weight decay."
     net.group_matcher = lambda coarse=False: layers(net).get
-    free = {n for n in getattr(net.body, 'no_weight_decay', set)()} | {'registers'}
+    free = {n for n in getattr(net.body, 'no_weight_decay', set)()} | {'registers', 'table.weight'}
     try: return param_groups_layer_decay(net, wd, no_weight_decay_list=[f'body.{n}' for n in free], layer_decay=decay)
     finally: del net.group_matcher
 

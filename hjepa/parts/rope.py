@@ -30,6 +30,9 @@ def rotations(pos:Tensor, head:int, # (...,2) y, x in patches; channels of a hea
 # %% ../../nbs/parts/21_rope.ipynb #f013bd10
 def rotate(x:Tensor, cos:Tensor, sin:Tensor) -> Tensor: # each (...,N,head), queries or keys first -> like x
     "Turn each pair (a, b) of channels to (a cos − b sin, b cos + a sin)."
+    if not torch.compiler.is_compiling() and x.device.type in ('cpu', 'cuda'):   # one complex product: under half the time on a CPU, forward and back
+        t = torch.promote_types(x.dtype, torch.float32)
+        return torch.view_as_real(torch.view_as_complex(x.to(t).unflatten(-1, (-1, 2))) * torch.complex(cos[..., ::2].to(t), sin[..., ::2].to(t))).flatten(-2).to(x.dtype)
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
