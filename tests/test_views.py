@@ -202,7 +202,7 @@ def test_local_views_reach_the_whole_image_loss_alone():
     few.requires_grad_(); m(x, masks, local=few)['loss'].backward(); assert few.grad.abs().sum() > 0
 
 def test_one_global_view_and_local_ones(tmp_path, monkeypatch):
-    seen = []; monkeypatch.setattr(hm.HJEPA, 'forward', lambda self, v, m, step=0, local=None, *rest, f=hm.HJEPA.forward: (seen.append((v.shape[:2], local.shape)), f(self, v, m, step, local, *rest))[1])
+    seen = []; monkeypatch.setattr(hm.HJEPA, 'forward', lambda self, v, m, step=0, local=None, *rest, f=hm.HJEPA.forward, **kw: (seen.append((v.shape[:2], local.shape)), f(self, v, m, step, local, *rest, **kw))[1])
     run = fit(tiny(views__count=1, views__local=2, views__local_size=8, train__steps=2), data=images(), out=tmp_path)
     assert run.finished and all(math.isfinite(q['loss']) and q['whole'] > 0 for q in run.history)
     assert seen[0] == ((1, 8), (2, 8, 3, 8, 8))
