@@ -115,7 +115,8 @@ def __call__(self:Step):
     if self.n == 0: self.model.calibrate(self.pieces())
     for views, masks, *local in self.pieces():
         whole = torch.tensor([0., 0, 1, 1, 1], device=self.device).expand(*views.shape[:2], 5)   # every view is the whole image
-        with self.autocast(): loss = self.model(views, masks, self.n, *local, frames=whole if self.r.prediction.next_view else None)['loss']
+        labels = torch.zeros(views.shape[1], dtype=torch.long, device=self.device)                # read by a supervised recipe alone
+        with self.autocast(): loss = self.model(views, masks, self.n, *local, frames=whole if self.r.prediction.next_view else None, labels=labels)['loss']
         (loss / self.r.train.accumulate).backward()
     if self.r.optim.clip: torch.nn.utils.clip_grad_norm_(self.params, self.r.optim.clip)
     self.opt.step(); self.opt.zero_grad(set_to_none=True)

@@ -76,7 +76,7 @@ def equal_flops(rs:dict, images) -> dict: # arm -> Recipe; f(recipe), its traini
 def equal_time(rs:dict, images) -> dict: # the same -> arm -> steps
     "Steps that fit into the recipe's minutes at each arm's own speed, measured three times in turn."
     seconds = {a: [] for a in rs}
-    for _, (a, r) in itertools.product(range(3), rs.items()): seconds[a].append(Trainer(change(r, monitor=0), build(r), images(r).images, None, None).rehearse())
+    for _, (a, r) in itertools.product(range(3), rs.items()): seconds[a].append(Trainer(change(r, monitor=0), build(r), (d := images(r)).images, d.labels, None).rehearse())
     return {a: max(10, int(rs[a].train.minutes * 60 / statistics.median(t))) for a, t in seconds.items()}
 
 # %% ../nbs/62_sweep.ipynb #6200000e

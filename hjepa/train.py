@@ -131,6 +131,8 @@ class Trainer:
         self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers, Crops(r) if pictures else None)
         if (t.batch // self.acc.num_processes) % t.accumulate: raise HJEPAError(f"A share of {t.batch // self.acc.num_processes} images a process does not divide into {t.accumulate} pieces: change train.batch or train.accumulate.")
         self.model = model.to(self.device).train()
+        self.labels = labels if 'labels' in model.asks else None         # no other loss can see them
+        if 'labels' in model.asks and (labels is None or (labels < 0).any()): raise HJEPAError(f"whole.kind {r.whole.kind} learns from labels and these data {'have none' if labels is None else 'lack some'}: use data with labels, or another loss.")
         self.opt = optimizer(self.model, r.optim)
         if t.compile:
             for part in ('encoder', 'target', 'predictor'):
@@ -174,7 +176,7 @@ def views(self:Trainer, x, draw, rows): # yields (V,b,3,S,S), and (n,b,3,s,s) of
         yield make_views(x[rows.to(x.device)], part, size, d.mean, d.std) if isinstance(x, Tensor) else recolour(x[k][:, rows.to(x[k].device)], part, d.mean, d.std)
 
 @patch
-def pieces(self:Trainer, images, step:int): # yields (views, masks), or (views, masks, local views), of each piece of this process's share
+def pieces(self:Trainer, images, step:int): # yields (views, masks, local views, frames, labels) of each piece of this process's share; the last three may be None
     "Draw views and masks for the whole batch from (seed, step); make this process's."
     r, world, rank = self.r, self.acc.num_processes, self.acc.process_index
     B, V, (draw, g) = r.train.batch, r.views.count, step_draws(r, step)
@@ -183,8 +185,9 @@ def pieces(self:Trainer, images, step:int): # yields (views, masks), or (views, 
         views, *local = self.views(images, draw[rows], rows - rank*b)
         m = masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
-        if r.prediction.next_view: local = [*local, None][:1] + [torch.cat((draw.box, draw.flip[..., None]), -1)[:, rows].to(self.device)]
-        yield views, m, *local
+        frames = torch.cat((draw.box, draw.flip[..., None]), -1)[:, rows].to(self.device) if r.prediction.next_view else None
+        labels = None if self.labels is None else self.labels[self.loader.whole(step)[rows]].to(self.device)
+        yield views, m, *[*local, None][:1], frames, labels
 
 # %% ../nbs/61_train.ipynb #238c1862
 @patch

@@ -175,7 +175,7 @@ def test_given_weights_survive(tmp_path, monkeypatch):
 def test_target_is_the_online_encoder_at_the_start(tmp_path, monkeypatch):
     def update(self, x, s, f=Trainer.update):
         if s == 0:
-            v, _ = next(self.pieces(x, 0)); self.model.train()
+            v, *_ = next(self.pieces(x, 0)); self.model.train()
             target = self.model.target(v[0]); online = self.model.encoder.eval()(v[0]); self.model.encoder.train()
             assert torch.equal(target, online) and not torch.equal(self.model.encoder(v[0]), online)      # drop path is on, in one of them
         return f(self, x, s)

@@ -41,7 +41,7 @@ def before(x, B, v, S, mean, std, g): # views as they were made when crop, flip,
     x = torch.baddbmm((grey * ((1-c)*b).flatten())[:, None, None], colour.flatten(0, 1), x.flatten(2)).clamp_(0, 1).unflatten(2, (S, S))
     return ((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]).unflatten(0, (v.count, B))
 
-@pytest.mark.parametrize('name', recipes)
+@pytest.mark.parametrize('name', [k for k in recipes if not k.startswith('peer-')])
 def test_old_recipes_see_what_they_saw(name):
     r = recipes[name](); x = images(24)
     for seed in range(5):
@@ -202,7 +202,7 @@ def test_local_views_reach_the_whole_image_loss_alone():
     few.requires_grad_(); m(x, masks, local=few)['loss'].backward(); assert few.grad.abs().sum() > 0
 
 def test_one_global_view_and_local_ones(tmp_path, monkeypatch):
-    seen = []; monkeypatch.setattr(hm.HJEPA, 'forward', lambda self, v, m, step=0, local=None, frames=None, f=hm.HJEPA.forward: (seen.append((v.shape[:2], local.shape)), f(self, v, m, step, local, frames))[1])
+    seen = []; monkeypatch.setattr(hm.HJEPA, 'forward', lambda self, v, m, step=0, local=None, *rest, f=hm.HJEPA.forward, **kw: (seen.append((v.shape[:2], local.shape)), f(self, v, m, step, local, *rest, **kw))[1])
     run = fit(tiny(views__count=1, views__local=2, views__local_size=8, train__steps=2), data=images(), out=tmp_path)
     assert run.finished and all(math.isfinite(q['loss']) and q['whole'] > 0 for q in run.history)
     assert seen[0] == ((1, 8), (2, 8, 3, 8, 8))
