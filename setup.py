@@ -22,7 +22,7 @@ setup(
     keywords=cfg['keywords'],
     python_requires=f'>={cfg["min_python"]}',
     packages=find_packages(include=['hjepa', 'hjepa.*']),
-    package_data={'hjepa': ['*.safetensors', '**/*.safetensors']},
+    package_data={'hjepa': ['weights/*.safetensors', 'weights/*.md']},
     include_package_data=False,
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'all': cfg['optional_requirements'].split()},
