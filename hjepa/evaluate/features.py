@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 from torch import Tensor
 from ..config import HJEPAError, nearest
 from ..files import whole
@@ -57,7 +58,7 @@ def run(
     what = tuple(dict.fromkeys(w for w, _ in want.values()))
     if was: model.eval()
     try:
-        for i, x in batches(images, batch):
+        for i, x in tqdm(batches(images, batch), 'features', total=-(-n // batch), delay=5, leave=False):   # silent where it is quick
             got = {w: [z.float() for z in zs] for w, zs in _read(model, x.to(dev, non_blocking=True), what).items()}
             for name, (w, keep) in want.items():
                 zs = [z.cpu() for z in keep(got[w])]
