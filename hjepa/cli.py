@@ -23,7 +23,7 @@ from .data.sets import NoSplit, load as load_images
 from .data.look import describe, in_words, show
 from .model import load, load_pretrained, untrained
 from .foreign import foreign
-from .evaluate.card import compare, names, pts, table
+from .evaluate.card import compare, names, pts, read_card, table
 from .evaluate.suite import SUITES, evaluate as run_suite
 from .train import fit, read_rows
 from .sweep import read_sweep, sweep, sweep_table
@@ -98,6 +98,7 @@ def judge(args, model, twin, data, labelled, folder, out, run=None):
     print((out / 'report.md').read_text())
     print(f'judged in {time.time() - t:.0f} s; {out}/report.json, {out}/report.md, {out}/report.html, {out}/figures/')
     say_json(args, rep)
+    return 1 if 'features' in rep['missing'] else 0                    # nothing could be judged
 
 def evaluate(args):
     "Judge a saved model, one that comes with the package, or one of timm's."
@@ -113,7 +114,7 @@ def evaluate(args):
     if r != model.recipe and not args.out and (folder / 'report.json').exists(): raise HJEPAError("With other data or labels the report of the run would be overwritten: say where this one goes with --out FOLDER.")
     facts = folder / 'run.json'
     run = shipped.facts if shipped else json.loads(facts.read_text()) if facts.exists() else None
-    judge(args, model, untrained(model.recipe), sets_of(r), r.data.labelled, folder, args.out or folder, run)
+    return judge(args, model, untrained(model.recipe), sets_of(r), r.data.labelled, folder, args.out or folder, run)
 
 def evaluate_foreign(args, change:dict):
     "Judge a timm model beside its own untrained twin."
@@ -122,13 +123,15 @@ def evaluate_foreign(args, change:dict):
     model = foreign(args.model)
     data = [load_images(change.get('data.name', 'cifar10'), s) for s in ('train', 'test')]
     out = Path(args.out or f"runs/{args.model.replace(':', '-').replace('/', '-')}")
-    judge(args, model, model.untrained(), data, change.get('data.labelled', 5000), out, out, dict(note=f'{args.model}: {model.note}.'))
+    return judge(args, model, model.untrained(), data, change.get('data.labelled', 5000), out, out, dict(note=f'{args.model}: {model.note}.'))
 
 # %% ../nbs/91_cli.ipynb #91a00001
 def compare_cards(args):
     "Put report cards side by side."
     out = compare(args.folder)
     pc = lambda s: f"{100*s['acc']:.1f} [{100*s['lo']:.1f}, {100*s['hi']:.1f}]"
+    for f in args.folder:
+        if note := read_card(f)[0].get('note'): print(f'NOTE, {f}: {note}')
     print(table([[names[p], f, s['level'], pc(s), pts(s['minus_first'])] for p, by in out.items() for f, s in by.items()], ['probe', 'card', 'level', 'accuracy, %', 'minus the first']))
     say_json(args, out)
 

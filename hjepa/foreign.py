@@ -140,7 +140,8 @@ def foreign(
 def untrained(self:Foreign) -> Foreign:
     "The control: the same network and levels with seeded random weights."
     r = self.recipe
-    twin = Foreign(_create(r['name'].partition(':')[2], r['size'], r['seed'], None), r, f'random weights, seed {r["seed"]} (untrained twin)')
+    seed = r['seed'] + self.note.startswith('random')                # of a network that is itself random, another one
+    twin = Foreign(_create(r['name'].partition(':')[2], r['size'], seed, None), r, f'random weights, seed {seed} (untrained twin)')
     return twin.to(next(self.parameters()).device)
 
 # %% ../nbs/42_foreign.ipynb #0c53d517

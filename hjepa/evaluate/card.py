@@ -122,16 +122,18 @@ def against(head:dict, control:str) -> str: # e.g. 'beats raw pixels on linear (
     return ' and '.join(f"{verb} {names[control] if i == 0 else 'them' if control == 'pixels' else 'it'} on {' and '.join(v)}"
                         for i, (verb, v) in enumerate((k, v) for k, v in said.items() if v))
 
-def verdict(head:dict, coarse:dict, coll:dict, missing={}) -> str: # missing: {what: why}
+def verdict(head:dict, coarse:dict, coll:dict, missing={}, who='The trained encoder') -> str: # missing: {what: why}
     "Plain sentences, which may be negative."
     say = [f"MISSING, {what}: {why}" for what, why in missing.items()]
-    if head: say.append(f"The trained encoder {against(head, 'untrained')}; it {against(head, 'pixels')} (points of accuracy).")
+    if head: say.append(f"{who} {against(head, 'untrained')}; it {against(head, 'pixels')} (points of accuracy).")
     wins = lambda c: any(d['lo'] > 0 and c['minus_untrained'][p]['lo'] > 0 for p, d in c['minus_pooled_l0'].items())
     good = [l for l, c in coarse.items() if (c['novelty'] or 0) > .05 and wins(c)]
     bad = [l for l, c in coarse.items() if any(d['hi'] < 0 for d in c['minus_pooled_l0'].values())]
     word = lambda ls: f"level{'s' if len(ls) > 1 else ''} {', '.join(ls)}"
+    same = [l for l, c in coarse.items() if l not in good and wins(c)]
     if good: say.append(f"More than level 0 pooled, on at least one probe: {word(good)}.")
-    elif head and coarse: say.append('No coarse level is shown to be more than level 0 pooled.')
+    if same: say.append(f"So {'are' if len(same) > 1 else 'is'} {word(same)}, but as good as a linear function of the level below (novelty at most .05).")
+    if head and coarse and not good + same: say.append('No coarse level is shown to be more than level 0 pooled.')
     if bad: say.append(f"Worse than level 0 pooled, on at least one probe: {word(bad)}.")
     if coll['collapsed']: say.append(f"The features have collapsed: the effective rank is {100*coll['erank_over_dim']:.1f} % of the width.")
     return ' '.join(say)
@@ -190,7 +192,7 @@ def flat_maps(
     z, = standardise(x)
     u, s, _ = torch.linalg.svd(z.double(), full_matrices=False)   # in single precision the last digits, and with them UMAP, would vary
     pc, share = (u * s)[:, :50].float().numpy(), float(s[:2].square().sum() / s.square().sum())
-    near = min(15, len(x) // 3)
+    near = max(2, min(15, len(x) // 3))
     maps = {f'PCA, {100*share:.0f} % of variance': pc[:, :2]}
     if umap:
         with warnings.catch_warnings():
@@ -365,7 +367,8 @@ def read_card(folder) -> tuple: # report, {'probe/arm/level': (N,) bool}, (N,) l
     try:
         r = json.loads((Path(folder)/'report.json').read_text())
         with np.load(Path(folder)/'answers.npz', allow_pickle=False) as z: y, a = z['labels'], {k: z[k] for k in z.files if k != 'labels'}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e: raise HJEPAError(f'{folder} holds no whole report card ({e}): write one with `hjepa evaluate`.') from None
+        for k in ('data', 'scores', 'headline', 'figures'): r[k]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e: raise HJEPAError(f'{folder} holds no whole report card ({e}): write one with `hjepa evaluate`.') from None
     return r, {k: np.unpackbits(v, count=len(y)).astype(bool) for k, v in a.items()}, y
 
 def compare(
@@ -378,6 +381,7 @@ def compare(
     for f, (r, _, y) in cards.items():
         if r['data']['name'] != cards[first][0]['data']['name'] or not np.array_equal(y, cards[first][2]):
             raise HJEPAError(f'{f} was judged on other test images than {first}: evaluate both on the same data.')
+    if len(n := {r['data']['labelled'] for r, *_ in cards.values()}) > 1: raise HJEPAError(f"These cards used {' and '.join(map(str, sorted(n)))} labelled images, so their accuracies do not compare: evaluate again with one data.labelled.")
     probes = [p for p in names if all(p in r['headline'] for r, *_ in cards.values())]
     if not probes: raise HJEPAError('These cards have no accuracy in common, see what each says is missing: evaluate again on images with labels.')
     mine = {p: {f: a[f"{p}/hjepa/{r['headline'][p]['level']}"] for f, (r, a, _) in cards.items()} for p in probes}
@@ -391,7 +395,7 @@ def draw(model, feats, scores, train, test, at:dict, out, history=None, umap=Tru
     with style():
         if scores:
             figs['scores'] = plot_scores(scores)
-            figs['maps'] = plot_maps({f'{a}, level {l}': flat_maps(feats[a][l][1][few], umap, seed) for a, l in at.items()}, test.labels[few], test.classes)
+            if len(few) > 6: figs['maps'] = plot_maps({f'{a}, level {l}': flat_maps(feats[a][l][1][few], umap, seed) for a, l in at.items()}, test.labels[few], test.classes)
             near = {f'level {l}': f for l, f in feats['hjepa'].items()} | {f"untrained, level {at['untrained']}": feats['untrained'][at['untrained']]}
             figs['neighbours'] = plot_neighbours(near, train, test, queries=3, seed=seed)
         if hasattr(model, 'draw_masks'): figs['masks'] = plot_masks(model, test.images)
@@ -423,11 +427,12 @@ def report(
     bare = [s for s in (some, test) if (s.labels < 0).any()]
     if bare: missing['accuracy'] = f'{bare[0].name}/{bare[0].split} has images without labels, so only what needs none is given: evaluate on another set with data.name=NAME --out FOLDER.'
     scores = judge(feats, some.labels, test.labels, seed, progress, missing=missing) if feats and not bare else {}; lap('probes')
-    if feats: q, q_twin = (level_quality(m, [x for x, _ in feats[a].values()], some, seed, batch) for m, a in ((model, 'hjepa'), (twin, 'untrained')))
+    try: q, q_twin = [level_quality(m, [x for x, _ in feats[a].values()], some, seed, batch) for m, a in ((model, 'hjepa'), (twin, 'untrained'))] if feats else ([], [])
+    except HJEPAError as e: missing['quality'] = str(e)
     head, coarse, coll = headline(scores), coarse_levels(scores, q, q_twin), collapse(q, q_twin); lap('quality')
-    at = levels_at(scores)
+    at, who = levels_at(scores), 'This network of random weights' if getattr(model, 'note', '').startswith('random') else 'The trained encoder'
     figures = draw(model, feats, scores, some, test, at, out, history, umap, seed); lap('figures')
-    r = _plain(facts(model, recipe, train, test, len(some), run) | dict(mode='mean', levels=at, missing=missing, verdict=verdict(head, coarse, coll, missing), headline=head,
+    r = _plain(facts(model, recipe, train, test, len(some), run) | dict(mode='mean', levels=at, missing=missing, verdict=verdict(head, coarse, coll, missing, who), headline=head,
         collapse=coll, coarse=coarse, figures=figures, evaluate_seconds=seconds, **more,
         scores={p: {a: {l: s.json() for l, s in ls.items()} for a, ls in by.items()} for p, by in scores.items()}))
     write(Path(out)/'report.json', json.dumps(r, indent=1, allow_nan=False)); save_answers(scores, test.labels, out)

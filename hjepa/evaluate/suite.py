@@ -227,7 +227,9 @@ def run_part(name:str, job:Job, key:str, out) -> dict:
         with style():
             part = PARTS[name](job)
             drawn = {save(f, Path(out)/'figures'/f'{name}-{k}.png').name: caption for k, (f, caption) in part.pop('figures', {}).items()}
-    except HJEPAError as e: return dict(title=name.replace('_', ' ').capitalize(), text=f'Missing: {e}', head=[], rows=[], data=None)    # the rest goes on; nothing is kept
+    except Exception as e:                                            # the rest goes on, nothing is kept; what is no sentence of ours names its kind
+        why = str(e) if isinstance(e, HJEPAError) else f'{type(e).__name__}: {e}'
+        return dict(title=name.replace('_', ' ').capitalize(), text=f'Missing: {why}', head=[], rows=[], data=None)
     part = _plain(part | dict(figures=drawn, seconds=time.perf_counter() - t))
     write(f, json.dumps(dict(key=key, part=part), indent=1))
     return part
