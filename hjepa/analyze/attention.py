@@ -12,11 +12,14 @@ import io
 import numpy as np, torch
 import torch.nn.functional as F
 import ipywidgets as widgets
+from fastcore.basics import patch
+from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from ..config import HJEPAError
-from ..style import style, hide_axes, arm_colors, level_colors
+from ..style import style, hide_axes, arm_colors
 from ..evaluate.features import cells
 from ..evaluate.probes import AttentiveHead, train_probe
 
@@ -50,7 +53,7 @@ def attention(
     "Attention weights of every block."
     with Taps() as t: model.levels(images)
     n = int(np.prod(patch_grid(model)))
-    if not t.weights: raise HJEPAError(f'{type(model).__name__} never calls the fused attention of PyTorch, so there are no weights to see: choose a transformer (in timm, with fused attention switched on).')
+    if not t.weights: raise HJEPAError(f'{type(model).__name__} never calls the fused attention of PyTorch, so there are no weights to see: choose a transformer (for some networks of timm, call timm.layers.set_fused_attn(True, experimental=True) first).')
     if any(len(w) != len(images) or w.shape[-1] < n or w.shape[-1] != w.shape[-2] for w in t.weights):
         raise HJEPAError(f'Blocks of {type(model).__name__} attend inside windows or to pooled tokens, so they have no map of the whole image: read single blocks with Taps().')
     return t.weights
@@ -241,9 +244,7 @@ def heat(ax, m, image=None, lo=None, hi=None): # m (h,w); image (3,H,W) uint8 be
         ax.add_patch(_frame(j, i, 'w'))
     hide_axes(ax)
 
-def _frame(j, i, color, side=1): 
-    from matplotlib.patches import Rectangle
-    return Rectangle((j + .03*side, i + .03*side), .94*side, .94*side, fill=False, lw=1.6, ec=color)
+def _frame(j, i, color): return Rectangle((j + .03, i + .03), .94, .94, fill=False, lw=1.6, ec=color) # round a cell
 
 def plot_maps(
     images:Tensor, # uint8 (N,3,H,W)
@@ -285,8 +286,6 @@ class Explorer:
         self._changed()
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a7002b
-from fastcore.basics import patch
-
 @patch
 def _board(self:Explorer): # a button a patch
     h, w = self.grid; side = f'{max(16, 160 // max(h, w))}px'
@@ -309,7 +308,6 @@ def _changed(self:Explorer, change=None):
 
 @patch
 def _ipython_display_(self:Explorer):
-    from IPython.display import display
     display(self.box)
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a7002c
