@@ -12,6 +12,7 @@ import io
 import numpy as np, torch
 import torch.nn.functional as F
 import ipywidgets as widgets
+import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from IPython.display import display
 from matplotlib.figure import Figure
@@ -218,49 +219,47 @@ def forest(ax, table:dict, key:str, names, scale=1., zero=None): # {arm: {map: {
     if zero is not None: ax.axvline(zero, color='.4', lw=1, ls='--')
     ax.set_yticks(range(len(names)), names); ax.set_ylim(len(names) - .4, -.6)
 
-def plot_games(result:dict) -> Figure: # what bench/attention.py writes
+def plot_games(result:dict): # what bench/attention.py writes -> a figure
     "Both games, trained beside untrained beside players that need no training; 95 % intervals over images."
     games = (('deletion', 'gain', 'Deletion: points of probability\ngained on random order'), ('pointing', 'hit', 'Pointing: share of the warmest\ncell on the object, %'))
-    with style():
-        fig = Figure(figsize=(7.4, 4.2), layout='constrained')
-        for ax, (game, key, label) in zip(fig.subplots(1, 2), games):
-            maps, one = result[game]['maps'], lambda n: 'head' not in n
-            names = [*filter(one, maps['hjepa']), *maps['control']]
-            forest(ax, maps, key, names, 100, 0 if game == 'deletion' else 100*result[game]['chance']['maps']['mean'])
-            ax.set_xlabel(label)
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.8))
+    for ax, (game, key, label) in zip(axes, games):
+        maps = result[game]['maps']; names = [*(n for n in maps['hjepa'] if 'head' not in n), *maps['control']]
+        forest(ax, maps, key, names, 100, 0 if game == 'deletion' else 100*result[game]['chance']['maps']['mean'])
+        ax.set_xlabel(label)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70025
 def picture(x:Tensor): return x.permute(1, 2, 0).cpu().numpy() # (3,H,W) uint8
 
 def heat(ax, m, image=None, lo=None, hi=None): # m (h,w); image (3,H,W) uint8 beneath it
-    "A map, over its image if there is one; the warmest cell is framed."
+    "A map; where an image lies beneath, the warmest cell is framed."
     m = np.asarray(m, dtype=float); h, w = m.shape
     if image is not None: ax.imshow(picture(image).mean(2), cmap='gray', vmin=0, vmax=255, extent=(0, w, h, 0))
     ax.imshow(m, cmap='inferno', alpha=.65 if image is not None else 1, extent=(0, w, h, 0), vmin=lo, vmax=hi, interpolation='nearest')
-    if h*w > 1 and np.ptp(m) > 0:
-        i, j = np.unravel_index(np.nanargmax(m), m.shape)
-        ax.add_patch(_frame(j, i, 'w'))
+    if image is not None: ax.add_patch(_frame(*np.unravel_index(np.nanargmax(m), m.shape), 'w'))
     hide_axes(ax)
 
-def _frame(j, i, color): return Rectangle((j + .03, i + .03), .94, .94, fill=False, lw=1.6, ec=color) # round a cell
+def _frame(i, j, color): return Rectangle((j + .03, i + .03), .94, .94, fill=False, lw=1.6, ec=color) # round a cell
 
 def plot_maps(
     images:Tensor, # uint8 (N,3,H,W)
     rows:dict,     # {name of a row: (N,h,w) maps}
-    lo=None, hi=None, at=None, # ends of the colour scale; (N,2) points clicked, y x in [0,1)
-) -> Figure:
+    lo=None, hi=None,  # ends of the colour scale; None: each map its own
+    outline=None,      # (N,S,S) bool, drawn as a line
+    at=None,           # (N,2) points clicked, y x in [0,1)
+):  # a figure
     "Images above, maps below, a row a kind."
-    n = len(images)
-    with style():
-        fig = Figure(figsize=(1.3*n + 1.1, 1.3*(len(rows) + 1)), layout='constrained'); axes = fig.subplots(len(rows) + 1, n, squeeze=False)
-        for k, ax in enumerate(axes[0]):
-            ax.imshow(picture(images[k]), extent=(0, 1, 1, 0)); hide_axes(ax)
-            if at is not None: ax.plot(at[k][1], at[k][0], 'x', color='w', ms=8, mew=2)
-        for line, (name, maps) in zip(axes[1:], rows.items()):
-            for ax, m, x in zip(line, maps, images): heat(ax, m, x, lo, hi)
-            line[0].set_ylabel(name, rotation=0, ha='right', va='center')
+    n = len(images); fig, axes = plt.subplots(len(rows) + 1, n, figsize=(1.2*n + 1.1, 1.2*(len(rows) + 1)), squeeze=False)
+    for k, ax in enumerate(axes[0]):
+        ax.imshow(picture(images[k]), extent=(0, 1, 1, 0)); hide_axes(ax)
+        if at is not None: ax.plot(at[k][1], at[k][0], 'x', color='w', ms=8, mew=2)
+    for line, (name, maps) in zip(axes[1:], rows.items()):
+        for k, (ax, m) in enumerate(zip(line, maps)):
+            heat(ax, m, lo=lo, hi=hi)
+            if outline is not None: ax.contour(np.kron(np.asarray(outline[k]), np.ones((4, 4))), [.5], colors='#7dd3fc', linewidths=1.2, extent=(0, m.shape[1], 0, m.shape[0]))
+        line[0].set_ylabel(name, rotation=0, ha='right', va='center')
     return fig
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a7002a
@@ -304,7 +303,7 @@ def _changed(self:Explorer, change=None):
     colour = F.adaptive_avg_pool2d(self.images[self.image.value].float(), self.grid).flatten(1).T.round().int().tolist()
     for i, (b, c) in enumerate(zip(self.buttons, colour)):
         b.style.button_color, b.description = '#' + ''.join(f'{v:02x}' for v in c), '×' if i == self.query else ''
-    out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=80); self.view.value = out.getvalue()
+    out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=72); self.view.value = out.getvalue()
 
 @patch
 def _ipython_display_(self:Explorer):
@@ -319,7 +318,7 @@ def figure(self:Explorer) -> Figure:
     with style():
         fig = Figure(figsize=(6, 4), layout='constrained')
         for line, (name, m) in zip(fig.subplots(2, 3), self.models.items()):
-            line[0].imshow(picture(x[0]), extent=(0, w, h, 0)); line[0].add_patch(_frame(c, r, 'w')); hide_axes(line[0]); line[0].set_ylabel(name)
+            line[0].imshow(picture(x[0]), extent=(0, w, h, 0)); line[0].add_patch(_frame(r, c, 'w')); hide_axes(line[0]); line[0].set_ylabel(name)
             ws = [a[i:i+1] for a in self.weights[name]]
             a = rollout(ws) if b == 'rollout' else ws[b].mean(1) if self.head.value is None else ws[b][:, self.head.value]
             heat(line[1], received(a, self.grid, self.query)[0].cpu(), x[0])
