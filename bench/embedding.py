@@ -1,4 +1,4 @@
-"""Maps of every level by PCA and three seeds of UMAP, of a trained encoder and its untrained twin, on a data set and on procedural scenes.
+"""Maps of every level by PCA and three seeds of UMAP, of a trained encoder, its untrained twin and raw pixels, on a data set and on procedural scenes.
 
     python bench/embedding.py --out results/embedding_cifar10_cpu.npz
     python bench/embedding.py --model runs/demo --out FILE
@@ -14,7 +14,7 @@ from hjepa.bench import machine
 from hjepa.config import HJEPAError
 from hjepa.data.scenes import COLOURS, LAYOUTS, SHAPES, TEXTURES, scenes
 from hjepa.data.sets import load as load_set
-from hjepa.evaluate.features import features
+from hjepa.evaluate.features import features, pixels
 from hjepa.evaluate.probes import stratified_subset
 from hjepa.evaluate.probing import side_of
 
@@ -41,7 +41,7 @@ def main():
     for name, (x, colours, names) in {a.data: photographs(a.data, a.images, size), 'scenes': drawn(a.images, size)}.items():
         mix = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))                  # the first ones have thumbnails
         x, colours = x[mix], {k: v[mix] for k, v in colours.items()}
-        maps = {arm: [laid_flat(z) for z in features(m, x, dict(levels=['mean']))['levels']['mean']] for arm, m in (('hjepa', model), ('untrained', twin))}
+        maps = {arm: [laid_flat(z) for z in features(m, x, dict(levels=['mean']))['levels']['mean']] for arm, m in (('hjepa', model), ('untrained', twin))} | dict(pixels=[laid_flat(pixels(x))])
         sets[name] = dict(maps=maps, colours=colours | dict(brightness=brightness(x), hue=hue(x)), names={k: [*v] for k, v in names.items()}, images=x[:a.thumbs])
     save_maps(a.out, facts | dict(images=a.images, seconds=round(time.perf_counter() - t, 1)), sets)
     return 0

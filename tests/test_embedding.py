@@ -61,4 +61,4 @@ def test_results_are_whole():
     path = ROOT/'results'/'embedding_cifar10_cpu.npz'; r = E.load_maps(path); assert path.stat().st_size < 200_000 and not r['facts']['dirty']
     for s in r['sets'].values():
         n = r['facts']['images']; assert all(len(v) == n for v in s['colours'].values())
-        assert all(m[k]['xy'].shape == (n, 2) and 0 < m[k]['trust'] <= 1 for ls in s['maps'].values() for m in ls for k in ('PCA', 'UMAP 0', 'UMAP 1', 'UMAP 2'))
+        assert s['maps'].keys() == {'hjepa', 'untrained', 'pixels'} and all(m[k]['xy'].shape == (n, 2) and 0 < m[k]['trust'] <= 1 for ls in s['maps'].values() for m in ls for k in ('PCA', 'UMAP 0', 'UMAP 1', 'UMAP 2'))
