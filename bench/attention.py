@@ -61,7 +61,7 @@ def pointed(model, twin, n, labelled, seed):
         alike, where = similarity(m, t.images, at, mean_tokens(m, train)), cells_at(m, at)
         hits[a] = {k: pointing(v, mask) for k, v in maps.items()}
         hits[a] |= {f'like it, level {l}': pointing(others(s, i), mask) for l, (s, i) in enumerate(zip(alike, where)) if s[0].numel() > 1}
-        kept[a] = dict(maps={k: small(maps[k][:SHOWN]) for k in maps if 'head' not in k}, alike=[small(s[:SHOWN]) for s in alike])
+        kept[a] = dict(maps={k: small(v[:SHOWN]) for k, v in maps.items()}, alike=[small(s[:SHOWN]) for s in alike])
     ceiling = F.adaptive_avg_pool2d(mask[:, None].float(), grid)[:, 0]
     hits['control'] = {k: pointing(v, mask) for k, v in (controls(t.images, grid) | dict(ceiling=ceiling)).items()}
     chance = dict(maps=mask.float().mean((1, 2)))
