@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kernel_weights', 'Taps', 'patch_grid', 'attention', 'rollout', 'received', 'attentive_head', 'head_map', 'cells_at',
            'mean_tokens', 'similarity', 'deletion', 'area', 'pointing', 'others', 'interval', 'controls', 'occlusion',
-           'network_maps', 'forest', 'plot_games', 'picture', 'heat', 'plot_maps', 'Explorer']
+           'network_maps', 'forest', 'plot_games', 'picture', 'heat', 'outlined', 'plot_maps', 'plot_heads', 'Explorer']
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70002
 import io
@@ -230,7 +230,7 @@ def plot_games(result:dict): # what bench/attention.py writes -> a figure
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
 
-# %% ../../nbs/analyze/72_attention.ipynb #72a70025
+# %% ../../nbs/analyze/72_attention.ipynb #72a70026
 def picture(x:Tensor): return x.permute(1, 2, 0).cpu().numpy() # (3,H,W) uint8
 
 def heat(ax, m, image=None, lo=None, hi=None): # m (h,w); image (3,H,W) uint8 beneath it
@@ -242,6 +242,11 @@ def heat(ax, m, image=None, lo=None, hi=None): # m (h,w); image (3,H,W) uint8 be
     hide_axes(ax)
 
 def _frame(i, j, color): return Rectangle((j + .03, i + .03), .94, .94, fill=False, lw=1.6, ec=color) # round a cell
+
+# %% ../../nbs/analyze/72_attention.ipynb #72a70027
+def outlined(ax, mask, grid): # (S,S) bool; on an axis of heat()
+    "The edge of a mask."
+    ax.contour(np.kron(np.asarray(mask), np.ones((4, 4))), [.5], colors='#7dd3fc', linewidths=1.2, extent=(0, grid[1], 0, grid[0]))
 
 def plot_maps(
     images:Tensor, # uint8 (N,3,H,W)
@@ -258,11 +263,26 @@ def plot_maps(
     for line, (name, maps) in zip(axes[1:], rows.items()):
         for k, (ax, m) in enumerate(zip(line, maps)):
             heat(ax, m, lo=lo, hi=hi)
-            if outline is not None: ax.contour(np.kron(np.asarray(outline[k]), np.ones((4, 4))), [.5], colors='#7dd3fc', linewidths=1.2, extent=(0, m.shape[1], 0, m.shape[0]))
+            if outline is not None: outlined(ax, outline[k], m.shape)
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
     return fig
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a7002a
+def plot_heads(
+    rows:dict,     # {name of a row: {name of a head: (h,w) map that sums to 1}}
+    outline=None,  # (S,S) bool
+):  # a figure
+    "Heads side by side, each with the range of its weights in %."
+    n = max(map(len, rows.values())); fig, axes = plt.subplots(len(rows), n, figsize=(.95*n + .8, 1.25*len(rows)), squeeze=False)
+    for line, (name, heads) in zip(axes, rows.items()):
+        for ax in line: hide_axes(ax)
+        for ax, (head, m) in zip(line, heads.items()):
+            m = np.asarray(m); heat(ax, m); ax.set_title(f'{head}\n{100*m.min():.1f} to {100*m.max():.1f}', fontsize=8)
+            if outline is not None: outlined(ax, outline, m.shape)
+        line[0].set_ylabel(name)
+    return fig
+
+# %% ../../nbs/analyze/72_attention.ipynb #72a70031
 class Explorer:
     "Choose an image, click a patch; see what it attends to and what is like it, in a model and its twin."
     def __init__(self,
@@ -284,7 +304,7 @@ class Explorer:
         for w in (self.image, self.block, self.head, self.level): w.observe(self._changed, 'value')
         self._changed()
 
-# %% ../../nbs/analyze/72_attention.ipynb #72a7002b
+# %% ../../nbs/analyze/72_attention.ipynb #72a70032
 @patch
 def _board(self:Explorer): # a button a patch
     h, w = self.grid; side = f'{max(16, 160 // max(h, w))}px'
@@ -309,7 +329,7 @@ def _changed(self:Explorer, change=None):
 def _ipython_display_(self:Explorer):
     display(self.box)
 
-# %% ../../nbs/analyze/72_attention.ipynb #72a7002c
+# %% ../../nbs/analyze/72_attention.ipynb #72a70033
 @patch
 def figure(self:Explorer) -> Figure:
     "The picture for what is chosen now."

@@ -119,6 +119,7 @@ def thumbnails(ax, xy, images, zoom=.75, gap=.07): # (N,2); (n,s,s,3) uint8 of t
     for at, im in zip(xy, images):
         if all(np.abs(at - p).max() > gap for p in there): there.append(at); ax.add_artist(AnnotationBbox(OffsetImage(im, zoom=zoom), at, frameon=False, pad=0))
 
+# %% ../../nbs/analyze/73_embedding.ipynb #73a70012
 def plot_levels(
     kept:dict,    # one set of load_maps()
     colour:str,   # one of its colours
@@ -135,7 +136,7 @@ def plot_levels(
     else: fig.colorbar(last, ax=axes, label=UNITS.get(colour, colour), shrink=.6)
     return fig
 
-# %% ../../nbs/analyze/73_embedding.ipynb #73a7001b
+# %% ../../nbs/analyze/73_embedding.ipynb #73a7001c
 def plot_seeds(kept:dict, level:int, colour:str, arm='hjepa'): # one set of load_maps() -> a figure
     "PCA and every seed of UMAP of one level, with thumbnails."
     maps = {k: v for k, v in kept['maps'][arm][level].items() if k != 'agreement'}
@@ -147,7 +148,7 @@ def plot_seeds(kept:dict, level:int, colour:str, arm='hjepa'): # one set of load
     else: fig.colorbar(last, ax=axes, label=UNITS.get(colour, colour), shrink=.5)
     return fig
 
-# %% ../../nbs/analyze/73_embedding.ipynb #73a7001e
+# %% ../../nbs/analyze/73_embedding.ipynb #73a7001f
 def sorted_by(
     xy, values,  # (N,2) map; (N,) class numbers, numbers, or angles in turns; NaN and classes below 0 are left out
     kind:str,    # 'class', 'number' or 'angle'
@@ -177,7 +178,7 @@ def plot_factors(table:dict): # of factor_table() -> a figure
         ax.set_xticks(range(n), [f'level {l}' for l in range(n)] if n > 1 else ['raw']); ax.set_yticks(range(len(table)), table); ax.set_title(ARMS.get(a, a).removeprefix('raw ') + ', %')
     return fig
 
-# %% ../../nbs/analyze/73_embedding.ipynb #73a70023
+# %% ../../nbs/analyze/73_embedding.ipynb #73a70024
 class MapExplorer:
     "A map with a slider for the level and choices for set, method, arm and colour."
     def __init__(self, kept:dict, width:int=460): # of load_maps(); pixels
@@ -207,7 +208,7 @@ def _draw(self:MapExplorer, change=None):
 @patch
 def _ipython_display_(self:MapExplorer): display(self.box)
 
-# %% ../../nbs/analyze/73_embedding.ipynb #73a70024
+# %% ../../nbs/analyze/73_embedding.ipynb #73a70025
 @patch
 def figure(self:MapExplorer) -> Figure:
     "The picture for what is chosen now."
