@@ -289,11 +289,12 @@ class Explorer:
         model, twin,    # offer levels() and grids; the trained network, and the same untrained
         images:Tensor,  # uint8 (N,3,H,W), a few
         mean=None,      # of mean_tokens() for the model and for the twin, as a pair; None: of these images
+        names=('trained', 'untrained'), # what to call the two
     ):
-        self.images, self.grid, self.models = images, patch_grid(model), dict(trained=model, untrained=twin)
+        self.images, self.grid, self.models = images, patch_grid(model), dict(zip(names, (model, twin)))
         self.weights = {k: attention(m, images) for k, m in self.models.items()}
         self.means = dict(zip(self.models, mean or [mean_tokens(m, images) for m in self.models.values()]))
-        blocks, P = self.weights['trained'], self.weights['trained'][0].shape[-1] - int(np.prod(self.grid))
+        blocks = self.weights[names[0]]
         self.query, self.levels = int(np.prod(self.grid)) // 2 + self.grid[1] // 2, [g for g in model.grids if tuple(g) != (1, 1)]
         self.image = widgets.IntSlider(0, 0, len(images) - 1, description='image')
         self.block = widgets.Dropdown(options=[*((f'block {i+1}', i) for i in range(len(blocks))), ('rollout', 'rollout')], value=len(blocks) - 1, description='attention')
