@@ -185,8 +185,8 @@ def test_widths_that_do_not_match():
 def test_deep_networks_and_the_figure():
     import matplotlib; matplotlib.use('Agg')
     m = F.foreign('timm:vit_tiny_patch16_224', size=32, pretrained=False)
-    r = pb.probing(m, m.untrained(), 120, 100, blocks=3)
+    r = pb.probing(m, m, 120, 100, blocks=3)
     assert [p for p in r['readouts']['grid']['x']['hjepa']] == ['level 0', 'level 1', 'level 2', 'block 4', 'block 8', 'block 12'][:len(m.grids)] + ['block 4', 'block 8', 'block 12']
-    assert all(d['diff'] == 0 and d['lo'] <= 0 for t in r['minus']['untrained'].values() for ps in t.values() for d in ps.values())   # random weights: its twin is itself
+    assert all(d['diff'] == 0 and d['lo'] <= 0 for t in r['minus']['untrained'].values() for ps in t.values() for d in ps.values())   # a network against itself
     fig = pb.plot_probing(r); assert len(fig.axes) == 2; matplotlib.pyplot.close(fig)
     assert pb.spread(12, 6) == [1, 3, 5, 7, 9, 11] and pb.spread(2, 6) == [0, 1] and pb.spread(5, 1) == [4]

@@ -135,7 +135,7 @@ def test_save_interval(tmp_path, monkeypatch):
 
 def test_labelled_reaches_the_report(tmp_path, monkeypatch):
     import hjepa.cli as cli
-    seen = {}; monkeypatch.setattr(cli, 'run_suite', lambda *a, **k: (seen.update(labelled=a[7]), (tmp_path/'report.md').write_text(''), {})[2])
+    seen = {}; monkeypatch.setattr(cli, 'run_suite', lambda *a, **k: (seen.update(labelled=a[7]), (tmp_path/'report.md').write_text(''), dict(missing={}))[2])
     from hjepa.model import build
     build(tiny()).save(tmp_path/'model.safetensors')
     monkeypatch.setattr(cli, 'load_images', lambda *a, **k: None)
