@@ -25,6 +25,12 @@ def test_cells_and_outputs():
     msgs = list(gate.check_cells({'00_a.ipynb': n}))
     assert len(msgs) == 3 and all(any(w in m for m in msgs) for w in ('63 cells', '293 kB', 'saved with an error'))
 
+def test_widgets_leave_no_state():
+    view, said = dict(output_type='display_data', data={'application/vnd.jupyter.widget-view+json': {}, 'text/plain': ['HBox()']}), dict(output_type='stream', name='stdout', text=['1'])
+    n = nb(code('slider', [view, said])); n['metadata'] = dict(widgets={'state': 'x'*300_000}, kernelspec={})
+    assert 'saved outputs' in next(gate.check_cells({'00_a.ipynb': n}))
+    assert gate.still(n)['metadata'] == dict(kernelspec={}) and n['cells'][-1]['outputs'] == [said] and not list(gate.check_cells({'00_a.ipynb': n}))
+
 def test_budget_counts_exported_lines_only():
     n = nb(code('#| export\nx = 1\n\n# why\ny = 2'), code('z = 3'))
     assert gate.exported_lines(n) == 3

@@ -29,6 +29,17 @@ def restore(before):
     for p, b in before.items():
         if not p.exists() or p.read_bytes() != b: p.parent.mkdir(parents=True, exist_ok=True); p.write_bytes(b)
 
+def still(nb):
+    "A notebook without the state of its widgets and progress bars: without a kernel they do nothing, and they are large."
+    nb['metadata'].pop('widgets', None)
+    alive = lambda o: any(k.startswith('application/vnd.jupyter.widget') for k in o.get('data', {}))
+    for c in code_cells(nb): c['outputs'] = [o for o in c['outputs'] if not alive(o)]
+    return nb
+
+def no_widgets():
+    for p in (NBS/n for n in R.notebooks()):
+        if b'vnd.jupyter.widget' in (b := p.read_bytes()): p.write_text(json.dumps(still(json.loads(b)), sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
 def export():
     "From nothing: modules without a notebook disappear. If anything fails, every file is put back."
     if bad := load()[1]: raise RuntimeError(' '.join(bad))
@@ -40,7 +51,7 @@ def export():
         r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
         if r.returncode or 'Failed to clean' in r.stderr:
             raise RuntimeError(f'nbdev could not export; everything is as it was. Mend what it names:\n{r.stderr[-1500:]}')
-        R.write()
+        no_widgets(); R.write()
     except BaseException: restore(before); raise
 
 def drift():
@@ -107,7 +118,7 @@ def check_cells(nbs):
     for n, nb in nbs.items():
         k, cs = len(nb['cells']), code_cells(nb)
         if k > MAX_CELLS: yield f'nbs/{n} has {k} cells (at most {MAX_CELLS}): split it, one idea a notebook.'
-        kb = sum(len(json.dumps(c['outputs'], ensure_ascii=False).encode()) for c in cs if c.get('outputs'))/1024; total += kb
+        kb = len(json.dumps([c.get('outputs') for c in cs] + [nb.get('metadata')], ensure_ascii=False).encode())/1024; total += kb
         if kb > MAX_NB_KB: yield f'nbs/{n} holds {kb:.0f} kB of saved outputs (at most {MAX_NB_KB}): lower the dpi of its figures or print less.'
         for i, c in enumerate(nb['cells']):
             if any(o['output_type'] == 'error' for o in c.get('outputs', [])):
