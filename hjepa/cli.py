@@ -23,7 +23,7 @@ from .data.sets import NoSplit, load as load_images
 from .data.look import describe, in_words, show
 from .model import load, load_pretrained, untrained
 from .foreign import foreign
-from .evaluate.card import compare, names, pts, read_card, table
+from .evaluate.card import acc, compare, names, pts, read_card, table
 from .evaluate.suite import SUITES, evaluate as run_suite
 from .train import fit, read_rows
 from .sweep import read_sweep, sweep, sweep_table
@@ -129,10 +129,9 @@ def evaluate_foreign(args, change:dict):
 def compare_cards(args):
     "Put report cards side by side."
     out = compare(args.folder)
-    pc = lambda s: f"{100*s['acc']:.1f} [{100*s['lo']:.1f}, {100*s['hi']:.1f}]"
     for f in args.folder:
         if note := read_card(f)[0].get('note'): print(f'NOTE, {f}: {note}')
-    print(table([[names[p], f, s['level'], pc(s), pts(s['minus_first'])] for p, by in out.items() for f, s in by.items()], ['probe', 'card', 'level', 'accuracy, %', 'minus the first']))
+    print(table([[names[p], f, s['level'], acc(s), pts(s['minus_first'])] for p, by in out.items() for f, s in by.items()], ['probe', 'card', 'level', 'accuracy, %', 'minus the first']))
     say_json(args, out)
 
 # %% ../nbs/91_cli.ipynb #2205eaf1
