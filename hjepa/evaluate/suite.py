@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['upper', 'READ', 'PARTS', 'SHORT', 'BUDGETS', 'SUITES', 'Job', 'image_flops', 'within', 'part_few_shot', 'part_probes',
            'part_views', 'part_readouts', 'part_probing', 'part_transfer', 'dense_size', 'part_dense', 'part_detection',
-           'part_robustness', 'part_finetune', 'run_part', 'evaluate', 'in_words']
+           'part_robustness', 'part_finetune', 'run_part', 'evaluate', 'side_by_side', 'in_words']
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00003
 import functools, hashlib, json, math, re, shutil, time
@@ -31,7 +31,7 @@ from ..style import arm_colors, save, style
 from .dense import dense_scenes, detection, plot_detection, plot_segmentation, segmentation
 from .probing import plot_probing, probing
 from .transfer import plot_transfer, transfer
-from .card import _plain, acc, arms, html, markdown, picture, pts, read_card, report, shown_as, table
+from .card import _plain, acc, arms, compare, html, markdown, names, picture, pts, read_card, report, shown_as, table
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00006
 @dataclass
@@ -70,11 +70,11 @@ def within(
     budget:float,       # FLOPs, for the model and its twin
     few:int=2000, seed:int=0, # images whose cells are read as well; of the draws
 ) -> tuple: # (train, test, places of the test images or None for all, few, a sentence or '')
-    "As many images of both sets, in proportion, as a budget buys."
+    "As many images of both sets as a budget buys, a third of them labelled if that is enough."
     cost = image_flops(model, train.images[0]); most = int(min(budget / 2 / cost, 1e12))
-    few = min(few, len(train), most // 4); share = (most - few) / (len(train) + len(test))
-    if share >= 1: return train, test, None, few, ''
-    i, j = (stratified_subset(s.labels, max(50, round(share * len(s))), seed) for s in (train, test))
+    few = min(few, len(train), most // 4); rest = most - few; n = min(len(train), max(rest // 3, rest - len(test)))
+    if rest >= len(train) + len(test): return train, test, None, few, ''
+    i, j = (stratified_subset(s.labels, max(10, k), seed) for s, k in ((train, n), (test, rest - n)))
     return train.subset(i), test.subset(j), j, few, (f'Of {len(train):,} labelled and {len(test):,} test images {len(i):,} and {len(j):,} are used, because one look costs this network '
         f'{cost:.2g} FLOPs and this suite is for minutes on two cores; the suite `full`, or a GPU, takes all.')
 
@@ -294,6 +294,24 @@ def evaluate(
     if not r['missing'] and all(p['rows'] for p in parts.values()): shutil.rmtree(out/'features', ignore_errors=True)   # everything is done
     write(out/'report.json', json.dumps(r, indent=1, allow_nan=False)); write(out/'report.md', text); write(out/'report.html', html(text, out))
     return r
+
+def side_by_side(
+    folders, # as for compare()
+) -> str: # Markdown
+    "Report cards on one page: headlines with paired differences, the controls of each, and the judged encoder in every part."
+    paired, cards = compare(folders), {str(f): read_card(f)[0] for f in folders}
+    say = ['# Report cards side by side', *(f'**NOTE, {f}: {r["note"]}**' for f, r in cards.items() if r.get('note')),
+           f'Headlines, on the {next(iter(next(iter(paired.values())).values()))["images"]:,} test images that all cards share; differences are paired.',
+           table([[names[p], f, s['level'], acc(s), pts(s['minus_first'])] for p, by in paired.items() for f, s in by.items()], ['probe', 'card', 'level', 'accuracy, %', 'minus the first']),
+           'The controls of each card, on its own test images.',
+           table([[names[p], f, *(pts(r['headline'][p]['over'][a]) for a in ('untrained', 'pixels', 'pooled_l0'))] for p in paired for f, r in cards.items()], ['probe', 'card', 'minus untrained', 'minus pixels', 'minus pooled_l0'])]
+    for k in dict.fromkeys(k for r in cards.values() for k in r.get('parts', {})):
+        of = {f: r['parts'][k] for f, r in cards.items() if r.get('parts', {}).get(k, {}).get('rows')}
+        lines = [dict(card=f) | {h: c for h, c in zip(p['head'], row) if c != 'hjepa'} for f, p in of.items() for row in p['rows'] if 'hjepa' in row[:2]]
+        if 'encoder' in (p := next(iter(of.values()), dict(head=())))['head']: lines = [dict(card=f, **{row[0]: row[q['head'].index('encoder')] for row in q['rows']}) for f, q in of.items()]
+        head = list(dict.fromkeys(h for line in lines for h in line))
+        if len(of) > 1 and lines: say += [f"## {p['title']}", 'The encoder of each card, on its own images: what the card itself says of them holds.', table([[line.get(h, '–') for h in head] for line in lines], head)]
+    return '\n\n'.join(say) + '\n'
 
 def in_words(p:dict) -> str: # a part
     "A part as Markdown."
