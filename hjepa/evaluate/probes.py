@@ -283,7 +283,7 @@ def few_shot(
     shots:int=5,     # labelled images a class
     tries:int=10,    # draws, seeds 0, 1, …
     C:float=1.,      # inverse regularisation
-    images:int=None, # instead of shots: so many images, classes as frequent as they are
+    images:int=None, # instead of shots: so many images, classes as frequent as they are, and C chosen as in linear_probe()
 ) -> dict: # mean accuracy over draws 'acc', its 95 % t-interval 'lo', 'hi', and 'each' draw; shares
     "Logistic regression from a few images. If they are all there are, one draw, and the interval is over test images."
     _check(train_x, train_y, test_x, test_y)
@@ -295,13 +295,16 @@ def few_shot(
     from scipy import stats
     x, xt = standardise(train_x, test_x)
     n, each = int(train_y.max()) + 1, []
-    for seed in range(1 if images == len(x) else tries):
+    if images == len(x): s = linear_probe(train_x, train_y, test_x, test_y); return dict(acc=s.acc, lo=s.lo, hi=s.hi, each=[s.acc])
+    for seed in range(tries):
+        if images:
+            i = stratified_subset(train_y, images, seed)
+            each.append(linear_probe(train_x[i], train_y[i], test_x, test_y, seed=seed).acc); continue
         rng = np.random.default_rng(seed)
-        i = stratified_subset(train_y, images, seed) if images else torch.from_numpy(np.concatenate([rng.choice(np.flatnonzero(train_y.numpy() == c), shots, replace=False) for c in kinds.tolist()]))
+        i = torch.from_numpy(np.concatenate([rng.choice(np.flatnonzero(train_y.numpy() == c), shots, replace=False) for c in kinds.tolist()]))
         lam, v = principal(x[i])
         w, _ = fit_logistic(x[i] @ v, train_y[i], n, C, lam)
-        each.append(float((right := (classify(xt @ v, w) == test_y).numpy()).mean()))
-    if len(each) == 1: return dict(acc=each[0], **dict(zip(('lo', 'hi'), bootstrap(right))), each=each)
+        each.append(float((classify(xt @ v, w) == test_y).float().mean()))
     m, half = np.mean(each), stats.t.ppf(.975, tries - 1) * np.std(each, ddof=1) / tries**.5
     return dict(acc=float(m), lo=float(m - half), hi=float(m + half), each=each)
 

@@ -106,7 +106,7 @@ def part_few_shot(job:Job) -> dict:
         ax.errorbar(np.array(ks)[order], v[:, 0], [v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]], marker='o', ms=4, capsize=2, color=arm_colors[a], label=a)
     ax.set(xlabel='labelled images', ylabel='test accuracy, %', xscale='log', xticks=ks, xticklabels=ks); ax.minorticks_off(); ax.legend(fontsize=8)
     return dict(figures=dict(shots=(fig, 'Logistic regression from few labels: mean over ten draws, with its 95 % interval.')),
-                title='Few labels', text=f'Accuracy in %, logistic regression from so many labelled images a class, or from a share of the {job.whole:,} training images. Mean over ten draws with its 95 % t-interval over draws; '
+                title='Few labels', text=f'Accuracy in %, logistic regression from so many labelled images a class, at a fixed strength (C = 1), which is not kind to raw pixels; or from a share of the {job.whole:,} training images, strength chosen on a held-out tenth of them. Mean over ten draws with its 95 % t-interval over draws; '
                 'where a share is all the labelled images there is one draw, and the interval is over test images.',
                 head=['features', *asked], rows=[[a, *map(acc, d.values())] for a, d in data.items()], data=data)
 
