@@ -205,7 +205,7 @@ def part_dense(job:Job, train=200, test=100) -> dict:
     d = h.get('hierarchy', {}) | {f'the chosen input ({h["input"]}) minus {k}': v for k, v in h['over'].items()}
     return dict(figures=dict(miou=(plot_segmentation(r), 'Mean intersection over union by input: levels alone and all together, beside the controls, with 95 % intervals over test images.')),
                 title='Segmentation', text=f"{upper(r['protocol'])}; {train} training and {test} test scenes of {S} pixels: sky, ground, object. Mean intersection over union in %. Linear, paired differences: " + '; '.join(f'{k} {pts(v)}' for k, v in d.items()) + '.',
-                head=['probe', 'features', *(whole.get(n, n) for n in names)], rows=[[q, a, *(acc(s[n], 'miou') if n in s else '–' for n in names)] for q, by in r['scores'].items() for a, s in by.items()], data=r)
+                head=['probe', 'features', *(whole.get(n, f'level {n}') for n in names)], rows=[[q, a, *(acc(s[n], 'miou') if n in s else '–' for n in names)] for q, by in r['scores'].items() for a, s in by.items()], data=r)
 
 def part_detection(job:Job) -> dict:
     "Boxes and masks of scenes' objects from frozen levels, and from level 0 pooled."
@@ -223,13 +223,14 @@ def part_robustness(job:Job, n=500, severities=(1, 3, 5)) -> dict:
     if n: n = job.afford(n, 2*19*len(severities), 2.4e13)
     r = robustness(job.model, job.twin, job.train, job.test, n=n, severities=severities, seed=job.seed, cache=job.cache)
     best = {a: (l, r['arms'][a][l]) for a, l in r['level'].items()}
+    shown = dict(mce='mCE', **dict(relative_mce='relative mCE') if any(s.get('relative_mce') is not None for _, s in best.values()) else {})
     ratio = lambda s, k: '–' if s.get(k) is None else f"{s[k]:.0f}" + (f" [{s[f'{k}_lo']:.0f}, {s[f'{k}_hi']:.0f}]" if s.get(f'{k}_lo') is not None else '')
-    rows = [[a, l, acc(s['clean']), acc(s['corrupted']), pts(s['lost']), ratio(s, 'mce'), ratio(s, 'relative_mce')] for a, (l, s) in best.items()]
+    rows = [[a, l, acc(s['clean']), acc(s['corrupted']), pts(s['lost']), *(ratio(s, k) for k in shown)] for a, (l, s) in best.items()]
     made = 'all generated here' if set(r['source'].values()) == {'generated'} else 'sources in report.json'
     return dict(figures=dict(severity=(plot_severity(r), 'Accuracy against the severity of corruptions, by family, at each arm\'s chosen level; 0 is the clean image. Probes trained on clean images only; bands are 95 % intervals over test images.')),
                 title='Corrupted images', text=f"{upper(r['protocol'])}; {r['images']:,} test images, severities {', '.join(map(str, severities))}, {r['table']} parameters, {made}. "
-                f"Accuracy in %, with 95 % intervals over test images; mCE and relative mCE, in %, against: {r['reference']}. The relative one compares what corruptions cost, and is undefined (–) if some corruption costs the reference nothing.",
-                head=['features', 'level', 'clean', 'corrupted', 'lost', 'mCE', 'relative mCE'], rows=rows, data=r)
+                f"Accuracy in %, with 95 % intervals over test images; {' and '.join(shown.values())}, in %, against: {r['reference']}.{'' if len(shown) > 1 else ' Relative mCE, which compares what corruptions cost, is undefined here: some corruption costs the reference nothing.'}",
+                head=['features', 'level', 'clean', 'corrupted', 'lost', *shown.values()], rows=rows, data=r)
 
 def part_finetune(job:Job) -> dict:
     "The whole network trained with the labels, beside the untrained twin."
