@@ -58,7 +58,7 @@ class Job:
 
 @functools.lru_cache(8)
 def _flops(model, shape):
-    with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH), torch.no_grad(): model.levels(torch.zeros(1, *shape, dtype=torch.uint8, device=next(model.parameters()).device))
+    with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): encode(model, torch.zeros(1, *shape, dtype=torch.uint8))
     return max(1, c.get_total_flops())
 
 def image_flops(model, image) -> int: # offers levels(); (3,H,W)
@@ -286,7 +286,7 @@ def evaluate(
     some, test, index, few, fewer = within(model, some, test, BUDGETS.get(suite, BUDGETS['quick']) if limited else math.inf, seed=seed)
     said = [weights_digest(model), weights_digest(twin), images_digest(some), images_digest(test), seed, kw.get('run'), *commit()]
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
-    r = _old_card(out, key) or report(model, recipe, train, test, out, some=some, seed=seed, twin=twin, cache=out/'features', progress=progress, index=index, few=few,
+    r = _old_card(out, key) or report(model, recipe, train, test, out, some=some, seed=seed, twin=twin, cache=out/'features', progress=progress, index=index, batch=max(16, min(500, int(2.5e11 / image_flops(model, some.images[0])))), few=few,
                                        also=READ if 'readouts' in SUITES[suite] else {}, fewer=fewer, key=key, **kw)
     job = Job(model, twin, some, test, r['levels'], seed, out/'features', len(train), limited)
     parts = {n: run_part(n, job, f'{key} {limited}', out) for n in tqdm(SUITES[suite], desc=f'{suite} suite', disable=not progress or not SUITES[suite])}
