@@ -93,7 +93,7 @@ def train(args):
 def judge(args, model, twin, data, labelled, folder, out, run=None):
     "The report card of a model, whose run lies in `folder`."
     t, r, out = time.time(), model.recipe, Path(out)
-    rep = run_suite(model, twin, r, *data, out, getattr(args, 'suite', 'quick'), labelled, r['seed'] if isinstance(r, dict) else r.seed,
+    rep = run_suite(model, twin, r, *data, out, getattr(args, 'suite', 'quick'), labelled,
                     history=read_rows(folder / 'history.csv') or None, run=run, umap=not args.no_umap)
     print((out / 'report.md').read_text())
     print(f'judged in {time.time() - t:.0f} s; {out}/report.json, {out}/report.md, {out}/report.html, {out}/figures/')

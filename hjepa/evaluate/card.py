@@ -142,7 +142,7 @@ def verdict(head:dict, coarse:dict, coll:dict, missing={}, who='The trained enco
     word = lambda ls: f"level{'s' if len(ls) > 1 else ''} {', '.join(ls)}"
     same = [l for l, c in coarse.items() if l not in good and wins(c)]
     if good: say.append(f"More than level 0 pooled, on at least one probe: {word(good)}.")
-    if same: say.append(f"So {'are' if len(same) > 1 else 'is'} {word(same)}, but as good as a linear function of the level below (novelty at most .05).")
+    if same: say.append(f"So {'are' if len(same) > 1 else 'is'} {word(same)}, but it is no more than a linear function of the level below (novelty at most .05).")
     if head and coarse and not good + same: say.append('No coarse level is shown to be more than level 0 pooled.')
     if bad: say.append(f"Worse than level 0 pooled, on at least one probe: {word(bad)}.")
     if coll['collapsed']: say.append(f"The features have collapsed: the effective rank is {100*coll['erank_over_dim']:.1f} % of the width.")
@@ -151,7 +151,7 @@ def verdict(head:dict, coarse:dict, coll:dict, missing={}, who='The trained enco
 # %% ../../nbs/evaluate/58_card.ipynb #99b361d4
 def plot_scores(scores:dict): # of judge()
     "Accuracy of every arm by level, both probes."
-    fig, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3), sharey=True)
+    fig, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3), sharey=True, squeeze=False); axes = axes[0]
     for ax, (p, by_arm) in zip(axes, scores.items()):
         for k, (a, levels) in enumerate(by_arm.items()):
             s = list(levels.values()); c = arm_colors[a]
@@ -290,7 +290,8 @@ def facts(model, recipe, train, test, labelled:int, run=None) -> dict: # run: di
         recipe=recipe.model_dump(mode='json') if hasattr(recipe, 'model_dump') else str(recipe), commit=sha, dirty=dirty, about=shipped.__doc__ if same else None,
         device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else f'{dev.type}, {torch.get_num_threads()} threads',
         torch=torch.__version__, params=sum(p.numel() for p in getattr(model, 'encoder', model).parameters()))
-    out |= dict.fromkeys(('train_seconds', 'images_seen', 'images_per_second', 'flops_per_image')) | (run or {})
+    out['judged'] = {k: out[k] for k in ('commit', 'dirty', 'device', 'torch')}
+    out |= dict.fromkeys(('train_seconds', 'images_seen', 'images_per_second', 'flops_per_image')) | {k: v for k, v in (run or {}).items() if v is not None}
     if out['flops_per_image'] is None and hasattr(model, 'step_cost'): out['flops_per_image'] = model.step_cost()['flops_per_image']
     if out['images_per_second'] is None and out['images_seen'] and out['train_seconds']:
         out['images_per_second'] = out['images_seen'] / out['train_seconds']
@@ -324,13 +325,13 @@ def picture(file, caption): return f'![{caption}](figures/{file})\n\n*{caption}*
 def markdown(r:dict) -> str: # of report()
     "The card for people."
     num = lambda v, f='{:,.0f}': '–' if v is None else f.format(v)
-    d, c, levels, probes = r['data'], r['collapse'], r['collapse']['levels'], list(r['scores'])
+    d, j, c, levels, probes = r['data'], r['judged'], r['collapse'], r['collapse']['levels'], list(r['scores'])
     flag = lambda p, a, l: '**' if a == 'hjepa' and r['headline'][p]['level'] == l else ''
     cell = lambda p, a, l, s: flag(p, a, l) + acc(s[l] if l in s else s['pixels']) + flag(p, a, l)
     rows = [[names[p], shown_as(a)] + [cell(p, a, l, s) for l in levels] for p, by in r['scores'].items() for a, s in by.items()]
     shown = lambda *ks: [picture(f'{k}.png', captions[k]) for k in ks if f'{k}.png' in r['figures']]
     low = lambda o: [num(o['erank_over_dim'], '{:.3f}'), num(o['rankme'], '{:.1f}'), num(o['alpha_req'], '{:.2f}') + f" ({num(o['alpha_req_r2'], '{:.2f}')})",
-                     num(o['participation_ratio'], '{:.1f}'), num(o['stable_rank'], '{:.1f}'), num(o['between_image_energy'], '{:.3f}')]
+                     num(o['participation_ratio'], '{:.1f}'), num(o['stable_rank'], '{:.1f}'), num(o.get('between_image_energy'), '{:.3f}')]
     beside = lambda o, k: ' / '.join(num(o[a], '{:.2f}') for a in (k, f'{k}_untrained'))
     both = lambda o, k: ' / '.join(num(o[a][probes[0]][k], '{:.2f}') if probes else '–' for a in ('below', 'below_untrained'))
     text = [f"# Report card: {r['name']}", *([f"**NOTE: {r['note']}**"] if r.get('note') else []), r['verdict'], *([f"About this recipe. {r['about']}"] if r.get('about') else []),
@@ -349,18 +350,19 @@ def markdown(r:dict) -> str: # of report()
         f"error consistency: do they err on the same images, beyond their accuracies (0 = no, 1 = always){f', both of the {names[probes[0]]} probe' if probes else ''}. High likeness alone proves nothing.",
         table([[f'{l} and {int(l) - 1}', beside(o, 'cka_below'), both(o, 'agreement'), both(o, 'error_consistency')] for l, o in r['coarse'].items()],
                ['levels', 'CKA (debiased)', 'agreement', 'error consistency'])] if r['coarse'] else []),
-        *(['## Collapse?', 'Of means over cells, centred but for RankMe; RankMe and the participation ratio count directions, a power law of slope α is fitted from the 11th direction on.',
-        table([[shown_as(a), l, *low(o)] for a, by in (('hjepa', c['levels']), ('untrained', c['untrained'])) for l, o in by.items()],
+        *(['## Collapse?', 'Of means over cells, centred but for RankMe; RankMe and the participation ratio count directions, a power law of slope α is fitted from the 11th direction on.' + (f" Ranks want ten images a direction; here there are {d['labelled']:,} for a width of {r['width']:,}, so they are lower bounds." if d['labelled'] < 10*r['width'] else ''),
+        table([[shown_as(a), l, *low(o)] for a, by in (('hjepa', c['levels']), ('untrained', c['untrained']), *c['controls'].items()) for l, o in by.items()],
                ['features', 'level', 'effective rank / width', 'RankMe', 'α-ReQ (R²)', 'participation ratio', 'stable rank', 'between-image energy'])] if levels else []),
         '## Run', table([[num(r['train_seconds']), num(r['images_seen']), num(r['images_per_second']), num(r['params']),
                num(r['flops_per_image'], '{:.3g}'), r['device'], r['torch'],
                (r['commit'] or '–')[:10] + (' (changed)' if r['dirty'] else '')]],
-               ['seconds', 'images seen', 'images/s', 'parameters', 'FLOPs/image', 'device', 'torch', 'commit']), *shown('masks', 'loss')]
+               ['seconds', 'images seen', 'images/s', 'parameters', 'FLOPs/image', 'device', 'torch', 'commit']),
+        f"Judged on {j['device']}, torch {j['torch']}, commit {(j['commit'] or '–')[:10]}{' (changed)' if j['dirty'] else ''}; labelled images drawn with seed {r['draw']}.", *shown('masks', 'loss')]
     return '\n\n'.join(text) + '\n'
 
 # %% ../../nbs/evaluate/58_card.ipynb #58a00002
 CSS = ('body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}'
-       'table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #8886;text-align:left;font-variant-numeric:tabular-nums}'
+       'table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #8886;text-align:left;font-variant-numeric:tabular-nums}'
        'img{max-width:100%;background:#fff;border-radius:4px}code{font-size:.9em}')
 
 def html(
@@ -397,6 +399,7 @@ def compare(
 ) -> dict: # {probe: {folder: {level, images, acc, lo, hi, minus_first: {diff, lo, hi}}}}
     "Headlines of several cards on the test images that all of them saw, with paired differences."
     cards = {str(f): read_card(f) for f in folders}
+    if len(draws := {r.get('draw') for r, *_ in cards.values()}) > 1: raise HJEPAError(f'These cards drew their labelled images with seeds {", ".join(map(str, draws))}: evaluate all again.')
     if len(cards) < 2: raise HJEPAError('A comparison needs two different report cards or more: name their folders.')
     first = next(iter(cards))
     shared = functools.reduce(np.intersect1d, (i for *_, i in cards.values()))
@@ -404,7 +407,7 @@ def compare(
     for f, (r, _, y, i) in cards.items():
         if not len(shared) or r['data']['name'] != cards[first][0]['data']['name'] or not np.array_equal(y[at[f]], cards[first][2][at[first]]):
             raise HJEPAError(f'{f} was judged on other test images than {first}: evaluate both on the same data.')
-    if len(n := {r['data']['labelled'] for r, *_ in cards.values()}) > 1: raise HJEPAError(f"These cards used {' and '.join(map(str, sorted(n)))} labelled images, so their accuracies do not compare: evaluate again with one data.labelled.")
+    if len(n := {r['data']['labelled'] for r, *_ in cards.values()}) > 1: raise HJEPAError(f"These cards used {' and '.join(map(str, sorted(n)))} labelled images, so their accuracies do not compare: evaluate all with data.labelled={min(n)}.")
     probes = [p for p in names if all(p in r['headline'] for r, *_ in cards.values())]
     if not probes: raise HJEPAError('These cards have no accuracy in common, see what each says is missing: evaluate again on images with labels.')
     mine = {p: {f: a[f"{p}/hjepa/{r['headline'][p]['level']}"][at[f]] for f, (r, a, *_) in cards.items()} for p in probes}
@@ -454,11 +457,12 @@ def report(
     scores = judge(feats, some.labels, test.labels, seed, progress, missing=missing) if feats and not bare else {}; lap('probes')
     try: q, q_twin = [level_quality(m, [x for x, _ in feats[a].values()], some, seed, batch, few) for m, a in ((model, 'hjepa'), (twin, 'untrained'))] if feats else ([], [])
     except HJEPAError as e: missing['quality'] = str(e)
-    head, coarse, coll = headline(scores), coarse_levels(scores, q, q_twin), collapse(q, q_twin); lap('quality')
+    head, coarse, coll = headline(scores), coarse_levels(scores, q, q_twin), collapse(q, q_twin)
+    coll['controls'] = {a: {l: spectrum(x) for l, (x, _) in feats[a].items() if (a, l) != ('pooled_l0', '0')} for a in ('pooled_l0', 'pixels')} if q else {}; lap('quality')
     at = levels_at(scores)
     who = 'This untrained network' if getattr(model, 'note', '').startswith('random') or _same(model, twin) else 'The trained encoder'
     figures = draw(model, feats, scores, some, test, at, out, history, umap, seed); lap('figures')
-    r = _plain(facts(model, recipe, train, test, len(some), run) | dict(mode='mean', levels=at, missing=missing, verdict=verdict(head, coarse, coll, missing, who), headline=head,
+    r = _plain(facts(model, recipe, train, test, len(some), run) | dict(mode='mean', width=max((x.shape[1] for x, _ in feats['hjepa'].values()), default=0) if feats else 0, draw=seed, levels=at, missing=missing, verdict=verdict(head, coarse, coll, missing, who), headline=head,
         collapse=coll, coarse=coarse, figures=figures, evaluate_seconds=seconds, **more,
         scores={p: {a: {l: s.json() for l, s in ls.items()} for a, ls in by.items()} for p, by in scores.items()}))
     write(Path(out)/'report.json', json.dumps(r, indent=1, allow_nan=False)); save_answers(scores, test.labels, out, index)

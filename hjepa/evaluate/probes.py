@@ -285,7 +285,7 @@ def few_shot(
     C:float=1.,      # inverse regularisation
     images:int=None, # instead of shots: so many images, classes as frequent as they are, and C chosen as in linear_probe()
 ) -> dict: # mean accuracy over draws 'acc', its 95 % t-interval 'lo', 'hi', and 'each' draw; shares
-    "Logistic regression from a few images. If they are all there are, one draw, and the interval is over test images."
+    "Logistic regression from a few images. Where they are more than half, draws are too much alike for an interval: one draw, and the interval over test images."
     _check(train_x, train_y, test_x, test_y)
     if tries < 2: raise HJEPAError(f'An interval over draws needs at least 2 and got tries={tries}: raise it.')
     kinds, count = train_y.unique(return_counts=True)
@@ -295,11 +295,11 @@ def few_shot(
     from scipy import stats
     x, xt = standardise(train_x, test_x)
     n, each = int(train_y.max()) + 1, []
-    if images == len(x): s = linear_probe(train_x, train_y, test_x, test_y); return dict(acc=s.acc, lo=s.lo, hi=s.hi, each=[s.acc])
     for seed in range(tries):
         if images:
-            i = stratified_subset(train_y, images, seed)
-            each.append(linear_probe(train_x[i], train_y[i], test_x, test_y, seed=seed).acc); continue
+            i = stratified_subset(train_y, images, seed); s = linear_probe(train_x[i], train_y[i], test_x, test_y, seed=seed)
+            if images > len(x) // 2: return dict(acc=s.acc, lo=s.lo, hi=s.hi, each=[s.acc])
+            each.append(s.acc); continue
         rng = np.random.default_rng(seed)
         i = torch.from_numpy(np.concatenate([rng.choice(np.flatnonzero(train_y.numpy() == c), shots, replace=False) for c in kinds.tolist()]))
         lam, v = principal(x[i])

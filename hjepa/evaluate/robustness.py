@@ -440,6 +440,7 @@ def robustness(
     train, test,          # ImageSets: the labelled clean images; the whole test set
     names=CORRUPTIONS + VALIDATION + SHIFTS, severities=(1, 2, 3, 4, 5),
     n:int=None,           # test images, a stratified subset; None: all
+    index=None,           # or their places in the test set
     reference:str=None,   # 'alexnet' or 'pixels'; None: AlexNet for ImageNet-1k at 224 pixels, pixels elsewhere
     size:int=None,        # what the encoders read if not the size of the test images; the labelled images have it
     seed:int=0, table:str=None, files:bool=True, root=None, # see answers()
@@ -449,7 +450,7 @@ def robustness(
     side = test.images.shape[-1] if test.resident else test.images.image
     ref = _reference(reference, test, severities, side)
     predict, heads = probes_of(model, twin, train, seed, batch, cache)
-    right, source = answers(predict, test, names, severities, stratified_subset(test.labels, n, seed), size, seed, table, files, root, batch, progress)
+    right, source = answers(predict, test, names, severities, stratified_subset(test.labels, n, seed) if index is None else index, size, seed, table, files, root, batch, progress)
     s, draws = summarise(right, names, ('pixels', 'pixels') if ref == 'pixels' else None, seed)
     level, main = {a: choose_level(h) for a, h in heads.items()}, [c for c in names if c in CORRUPTIONS] or names
     mine, mean = ('hjepa', level['hjepa']), lambda k: np.mean([right[k][c].mean() for c in main])

@@ -345,7 +345,8 @@ def transfer(
         except HJEPAError as e: entry = dict(missing=str(e))
         out[n] |= entry
     real = [n for n in VTAB if n in right and not own]; full = len(real) == len(VTAB) and most is None and n_train == 1000
-    called = 'VTAB-1k-linear' if protocol == 'linear' else 'VTAB-1k-finetune, AdamW' + ('' if r.least == 1000 else f', reduced to {r.least:,} of 1,000 steps')
+    called = ('linear' if protocol == 'linear' else 'fine-tuning, AdamW') + (', as VTAB-1k' if n_train == 1000 else f', {n_train:,} labels in place of 1,000') + ('' if protocol == 'linear' or r.least == 1000 else f', reduced to {r.least:,} of 1,000 steps')
+    if not real: called += '; none of its tasks is here'
     return dict(protocol=called, seed=seed, size=size, tasks=out, groups=_grouped(out, right), vtab_mean=group_mean([right[n] for n in real]) if full else None,
         vtab_real=len(real), table=rows, seconds=round(time.perf_counter() - t, 1))
 
