@@ -92,6 +92,7 @@ class Cascade:
         "Run, and let images leave."
         if (tau is None) == (at is None): raise HJEPAError('Say either tau, a confidence, or at, the number of an exit.')
         if at is not None and not 0 <= at < len(self.heads): raise HJEPAError(f'There is no exit {at}: choose from 0, the pixels, to {len(self.heads) - 1}, the last block.')
+        if np.ndim(tau) and len(tau) != len(self.heads) - 1: raise HJEPAError(f'tau has {len(tau)} entries and there are {len(self.heads) - 1} exits before the last: give one number, or one for each of these.')
         parts = [self._all(x, at) if tau is None else self._sure(x, np.broadcast_to(tau, len(self.heads) - 1)) for _, x in batches(images, batch)]
         return Left(*map(torch.cat, zip(*parts)))
 

@@ -89,7 +89,7 @@ def nearest(
 ) -> tuple: # (…,k) images of the bank, (…,k) cells, (…,k) cosines
     "The real cells most like a vector."
     z = F.normalize(b.cells[level] - b.centre[level], dim=-1); n = z.shape[1]
-    s = F.normalize(v - b.centre[level], dim=-1).flatten(0, -2) @ z.flatten(0, 1).T
+    s = F.normalize(v - b.centre[level], dim=-1).reshape(-1, v.shape[-1]) @ z.flatten(0, 1).T
     if at is not None: s = s.masked_fill(torch.arange(z.shape[0]*n) % n != at.flatten()[:, None], -2)
     s, i = s.topk(k, dim=1); shape = (*v.shape[:-1], k)
     return (i // n).view(shape), (i % n).view(shape), s.view(shape)
