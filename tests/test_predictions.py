@@ -21,7 +21,7 @@ def test_answers_are_those_of_the_loss(kw):
 
 def test_games_against_a_loop():
     m = model(); x = images(6); b = P.bank(m, images(40, seed=5)); t = P.ask(m, x, m.draw_masks(6, torch.Generator().manual_seed(0)))[0]
-    got = P.games(t.answer, t.target, t.cells, b, 0, K=40)['same place']; c = b.centre[0]; want = torch.zeros(6)   # all but one of the bank
+    got = P.games(dict(p=t.answer), t.target, t.cells, b, 0, K=40)['p']['same place']; c = b.centre[0]; want = torch.zeros(6)   # all but one of the bank
     g = torch.Generator().manual_seed(0); who = torch.rand(6, t.cells.shape[1], 40, generator=g).topk(39).indices
     for i in range(6):
         for j, cell in enumerate(t.cells[i]):
@@ -37,7 +37,7 @@ def test_chance_where_it_must_be():
     assert abs(o[0]['seen']['same image']['mean'] - o[0]['chance']['same image']) < 1e-3
     t = P.ask(m, x, m.draw_masks(150, torch.Generator().manual_seed(0)))[0]
     same = torch.zeros_like(t.target); flat = P.Bank(b.images, [torch.zeros_like(z) for z in b.cells], b.place, [torch.zeros_like(c) for c in b.centre])
-    assert all(abs(v.mean() - (1/10 if k != 'same image' else 1/t.cells.shape[1])) < 1e-6 for k, v in P.games(same, same, t.cells, flat, 0, K=10).items())   # ties go by lot
+    assert all(abs(v.mean() - (1/10 if k != 'same image' else 1/t.cells.shape[1])) < 1e-6 for k, v in P.games(dict(p=same), same, t.cells, flat, 0, K=10)['p'].items())   # ties go by lot
 
 def o_cells(m): return m.draw_masks(1).targets[0].shape[1]
 

@@ -108,24 +108,23 @@ def expect(
 GAMES = ('any place', 'same place', 'same image')
 
 def games(
-    answer:Tensor, target:Tensor, cells:Tensor, # (B,M,D) or (1,M,D), (B,M,D), (B,M)
+    answers:dict,               # player -> (B,M,D)
+    target:Tensor, cells:Tensor, # (B,M,D), (B,M)
     b:Bank, level:int,
-    K:int=100, seed:int=0,                      # candidates, the true one among them
-) -> dict: # game -> (B,) share of this image's cells that are found; no 'same image' where only one cell is asked
+    K:int=100, seed:int=0,      # candidates, the true one among them
+) -> dict: # player -> game -> (B,) share of this image's cells that are found; no 'same image' where only one cell is asked
     "Is the true cell nearest? A tie counts by lot."
     unit = lambda t: F.normalize(t - b.centre[level], dim=-1)
     (B, M), (N, n) = cells.shape, b.cells[level].shape[:2]; g = torch.Generator().manual_seed(seed)
     if N < K: raise HJEPAError(f'{N} images cannot give {K} candidates at one place: put more images in the bank, or ask for fewer candidates.')
-    a, z = unit(answer).expand(B, M, -1), unit(b.cells[level]); true = (a * unit(target)).sum(-1, keepdim=True)
-    who = torch.rand(B, M, N, generator=g).topk(K - 1).indices; any_ = torch.randint(n, who.shape, generator=g)
-    others = {'any place': z[who, any_], 'same place': z[who, cells[..., None].expand_as(who)]}
-    if M > 1: others['same image'] = unit(target)[:, [[j for j in range(M) if j != i] for i in range(M)]]
-    found = {}
-    for k, o in others.items():
-        s = (o * a[:, :, None]).sum(-1)
+    z, t = unit(b.cells[level]), unit(target); who = torch.rand(B, M, N, generator=g).topk(K - 1).indices
+    others = {'any place': z[who, torch.randint(n, who.shape, generator=g)], 'same place': z[who, cells[..., None].expand_as(who)]}
+    if M > 1: others['same image'] = t[:, [[j for j in range(M) if j != i] for i in range(M)]]
+    def found(a, o):
+        s, true = (o @ a[..., None])[..., 0], (a * t).sum(-1, keepdim=True)
         better, equal = (s > true + 1e-6).sum(-1), ((s - true).abs() <= 1e-6).sum(-1)
-        found[k] = ((better == 0) / (1. + equal)).mean(1)
-    return found
+        return ((better == 0) / (1. + equal)).mean(1)
+    return {p: {k: found(unit(a), o) for k, o in others.items()} for p, a in answers.items()}
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a70014
 @torch.no_grad()
@@ -138,7 +137,7 @@ def ask_pixels(model, images:Tensor, masks:Masks) -> list: # as ask(), without p
 @torch.no_grad()
 def retrieval(
     model, images:Tensor, b:Bank, # uint8 (N,3,H,W), none of them in the bank
-    draws:int=4, K:int=100, batch:int=250, seed:int=0,
+    draws:int=2, K:int=100, batch:int=250, seed:int=0,
     by=ask,                       # or ask_pixels, with a bank of pixels
 ) -> list: # a level: {player: {game: interval()}}, 'chance' among the players, 'gain' of the predictor over both means
     "How often each player's answer is nearest to the truth."
@@ -147,8 +146,8 @@ def retrieval(
         for start, x in batches(images, batch):
             for l, t in enumerate(by(model, x, model.draw_masks(len(x), g))):
                 asked[l] = t.cells.shape[1]
-                for p, v in players(t, b, l).items():
-                    for k, f in games(v, t.target, t.cells, b, l, K, 1000*seed + s + start).items(): total[l].setdefault(p, {}).setdefault(k, torch.zeros(len(images)))[start:start + len(x)] += f / draws
+                for p, ks in games(players(t, b, l), t.target, t.cells, b, l, K, 1000*seed + s + start).items():
+                    for k, f in ks.items(): total[l].setdefault(p, {}).setdefault(k, torch.zeros(len(images)))[start:start + len(x)] += f / draws
     out = [{p: {k: interval(v) for k, v in ks.items()} for p, ks in t.items()} for t in total]
     for l, (o, t) in enumerate(zip(out, total)):
         o['chance'] = {k: 1/K if k != 'same image' else 1 / asked[l] for k in t['seen']}
