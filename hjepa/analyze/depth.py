@@ -9,7 +9,6 @@ __all__ = ['Exits', 'temperature', 'Left', 'Cascade', 'Table', 'exit_features', 
 
 # %% ../../nbs/analyze/74_depth.ipynb #74a70002
 import base64, io, time
-from bisect import bisect_right
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
@@ -166,9 +165,13 @@ def costs(cascade:Cascade, images:Tensor) -> tuple: # a few images -> cost (K,),
 
 # %% ../../nbs/analyze/74_depth.ipynb #74a70019
 def threshold(t:Table, cost, budget:float) -> float: # held-out images, (K,) FLOPs, mean FLOPs an image
-    "The largest confidence to ask for within the budget."
-    taus = np.unique(np.r_[0., t.conf[:, :-1].ravel(), 1.1])
-    return float(taus[max(0, bisect_right(taus, budget, key=lambda tau: cost[t.leave(tau)].mean()) - 1)])
+    "The confidence to ask for: of those within the budget, the one that is right most often."
+    best = (-1., 0.)
+    for tau in np.unique(np.r_[0., t.conf[:, :-1].ravel(), 1.1]):
+        who = t.leave(tau)
+        if cost[who].mean() > budget: break                           # asking for more costs more
+        best = max(best, (t.right[np.arange(len(who)), who].mean(), -tau))
+    return float(-best[1])
 
 def coin(acc, alone, budget:float) -> np.ndarray: # (K,), (K,), FLOPs -> (K,) share of images sent to each exit
     "The best coin between two fixed exits, at no more than the budget."
@@ -243,7 +246,7 @@ def plot_policies(models:dict): # 'models' of bench/depth.py -> a figure
     axes[0][0].set_ylabel('accuracy, %'); fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     return fig
 
-# %% ../../nbs/analyze/74_depth.ipynb #74a70027
+# %% ../../nbs/analyze/74_depth.ipynb #74a70029
 def plot_clock(models:dict): # 'models' of bench/depth.py -> a figure
     "What early exit costs of a full pass: FLOPs, seconds in large batches, seconds one by one."
     fig, axes = plt.subplots(1, len(models), figsize=(2.6*len(models) + 3, 2.2), sharey=True, squeeze=False)
@@ -258,7 +261,7 @@ def plot_clock(models:dict): # 'models' of bench/depth.py -> a figure
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
 
-# %% ../../nbs/analyze/74_depth.ipynb #74a7002b
+# %% ../../nbs/analyze/74_depth.ipynb #74a7002d
 def plot_leavers(left:dict): # 'leavers' of bench/depth.py -> a figure
     "Shares of each class that leave first and that stay to the end, and how often the last exit is right."
     by = dict(sorted(left['classes'].items(), key=lambda kv: -kv[1]['first']['mean'])); fig, ax = plt.subplots(figsize=(5.2, 2.9))
@@ -268,7 +271,7 @@ def plot_leavers(left:dict): # 'leavers' of bench/depth.py -> a figure
     ax.set_yticks(range(len(by)), by); ax.set_ylim(len(by) - .4, -.6); ax.set_xlabel('% of the test images of a class'); fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
 
-# %% ../../nbs/analyze/74_depth.ipynb #74a7002d
+# %% ../../nbs/analyze/74_depth.ipynb #74a7002f
 def thumbs(b64:str) -> np.ndarray: # a JPEG strip of square pictures, base64 -> (n,s,s,3) uint8
     "Pictures out of a result file."
     strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64)))); s = strip.shape[0]
@@ -286,7 +289,7 @@ def plot_pictures(shown:dict, classes): # 'shown' of bench/depth.py -> a figure
         axes[2*r][0].set_ylabel(title, fontsize=8)
     return fig
 
-# %% ../../nbs/analyze/74_depth.ipynb #74a70030
+# %% ../../nbs/analyze/74_depth.ipynb #74a70032
 class ExitExplorer:
     "A slider for the confidence to ask for."
     def __init__(self, model:dict, classes, width:int=640): # an entry of 'models' of bench/depth.py with 'sweep' and 'shown'; names; pixels

@@ -176,7 +176,7 @@ LOOKS = dict(predictor=('o', arm_colors['hjepa'], 'predictor'), seen=('^', '#1d4
 
 def plot_retrieval(levels:list): # of retrieval(); with a player 'untrained' if there is one -> a figure
     "How often the true cell is found: players by shape and colour, 95 % intervals over images, chance as a bar."
-    fig, axes = plt.subplots(1, len(levels), figsize=(7, 2.7), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(levels), figsize=(7, 3), sharey=True, squeeze=False)
     for l, (ax, o) in enumerate(zip(axes[0], levels)):
         for i, game in enumerate(GAMES):
             if game not in o['chance']: ax.text(1, i, 'one cell is asked: no game', va='center', color='.4'); continue
@@ -186,7 +186,7 @@ def plot_retrieval(levels:list): # of retrieval(); with a player 'untrained' if 
                 v, y = o[p][game], i + .17*(j - 2)
                 ax.plot([100*v['lo'], 100*v['hi']], [y, y], color=c, lw=2); ax.plot(100*v['mean'], y, m, color=c, ms=5, label=name if i == 0 else None)
         ax.set_yticks(range(len(GAMES)), GAMES); ax.set_ylim(len(GAMES) - .5, -.5); ax.set_xlabel('true cell found, %'); ax.set_title(f'level {l}'); ax.set_xlim(left=0)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=5, handletextpad=.3, columnspacing=1)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a7001e
