@@ -72,7 +72,7 @@ def sweep(t, cost): # for a slider: the whole curve
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', action='append'); p.add_argument('--data', default='cifar10'); p.add_argument('--note', action='append', help='where the weights come from, one for each model')
-    p.add_argument('--images', type=int); p.add_argument('--labelled', type=int, default=5000); p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--images', type=int); p.add_argument('--labelled', type=int, default=5000); p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--seed', type=int, default=0); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args(); names, t0, out = a.model or ['pretrained:cifar10-cpu'], time.perf_counter(), {}
     for name, note in zip(names, a.note or names, strict=True):

@@ -219,14 +219,14 @@ def clock(
     runs:dict,  # name -> function without arguments; the first is what the others are compared with
     images:int, # that each run answers
     rounds:int=7,
-) -> dict: # name -> ms an image (median), ratio to the first: median of rounds, lowest, highest; wall, and of the processor
+) -> dict: # name -> ms an image (median); ratio to the first: median of the rounds, and the quartiles lo and hi; cpu: of the processor's time
     "Time in turns."
     took = {k: [] for k in runs}
     for r in range(rounds + 1):                                      # the first round warms up
         for k, run in runs.items(): a = time.perf_counter(), time.process_time(); run(); took[k].append((time.perf_counter() - a[0], time.process_time() - a[1]))
     t = {k: np.array(v[1:]) for k, v in took.items()}; base = next(iter(t.values()))
-    q = {k: np.sort(v / base, 0) for k, v in t.items()}
-    return {k: dict(ms=float(np.median(v[:, 0]) / images * 1e3), ratio=np.median(q[k][:, 0]), lo=q[k][0, 0], hi=q[k][-1, 0], cpu=np.median(q[k][:, 1])) for k, v in t.items()}
+    q = {k: np.quantile(v / base, [.25, .5, .75], axis=0).T.tolist() for k, v in t.items()}                       # [wall, processor] x [lo, median, hi]
+    return {k: dict(ms=float(np.median(v[:, 0]) / images * 1e3), ratio=q[k][0][1], lo=q[k][0][0], hi=q[k][0][2], cpu=q[k][1][1]) for k, v in t.items()}
 
 # %% ../../nbs/analyze/74_depth.ipynb #74a70023
 def plot_policies(models:dict): # 'models' of bench/depth.py -> a figure
@@ -237,9 +237,8 @@ def plot_policies(models:dict): # 'models' of bench/depth.py -> a figure
             c, mine, p = arm_colors[arm], arm == 'hjepa', a['policies']; x, of = [r['flops']/1e6 for r in p], lambda k: [100*r[k] for r in p]
             name = lambda s: s if mine else f'untrained: {s}'
             if mine: ax.plot(x, of('oracle'), ':', color='#1d4ed8', label='oracle'); ax.axhline(100*a['acc'][-1], color=c, lw=.6)
-            ax.fill_between(x, *[[100*r['ci'][i] for r in p] for i in (0, 1)], color=c, alpha=.2, lw=0)
-            ax.plot(x, of('acc'), 'o-', ms=3, color=c, label=name('confidence')); ax.plot(x, of('static'), '--', color=c, label=name('best coin of fixed exits'))
-            if mine: ax.plot(x, of('random'), '-.', lw=1, color='#0f766e', label='random, equal rates')
+            ax.errorbar(x, of('acc'), [[100*abs(r['acc'] - r['ci'][i]) for r in p] for i in (0, 1)], fmt='o-', ms=3, color=c, elinewidth=1, label=name('confidence'))
+            if mine: ax.plot(x, of('static'), '--', color=c, label='best coin of fixed exits'); ax.plot(x, of('random'), '-.', lw=1, color='#0f766e', label='random, equal rates')
             ks = range(0 if mine else 1, len(a['acc'])); q = [a['alone'][k]/1e6 for k in ks], [100*a['acc'][k] for k in ks]
             ax.errorbar(*q, yerr=[[100*(a['acc'][k] - a['ci'][k][0]) for k in ks], [100*(a['ci'][k][1] - a['acc'][k]) for k in ks]], fmt='s', ms=4, color=c, mfc='w', label=name('one fixed exit'))
         ax.set_xlabel('MFLOPs an image'); ax.set_title(f"{m['blocks']} blocks"); ax.annotate('pixels', (m['arms']['hjepa']['alone'][0]/1e6, 100*m['arms']['hjepa']['acc'][0]), (3, -14), textcoords='offset points', fontsize=8)
