@@ -57,8 +57,9 @@ def test_bad_input():
     for bad in (dict(), dict(tau=.5, at=1), dict(at=9), dict(at=-1), dict(tau=[.5, .5, .5])):
         with pytest.raises(HJEPAError): c(images(4), **bad)
 
-def test_results_hang_together():
-    kept = json.loads((ROOT/'results/depth_cifar10_cpu.json').read_text())
+@pytest.mark.parametrize('name', ['depth', 'depth_six'])
+def test_results_hang_together(name):
+    kept = json.loads((ROOT/f'results/{name}_cifar10_cpu.json').read_text())
     for m in kept['models'].values():
         assert set(m['arms']) == {'hjepa', 'untrained'} and m['clock']['500']['full']['ratio'] == 1
         for a in m['arms'].values():
