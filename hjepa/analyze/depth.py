@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.optimize import linprog, minimize_scalar
 from sklearn.metrics import roc_auc_score
@@ -313,9 +314,10 @@ def figure(self:ExitExplorer) -> Figure:
         fig = Figure(figsize=(7, 3.2), layout='constrained'); left, right = fig.subfigures(1, 2, width_ratios=(1, 1.5)); ax = left.subplots()
         ax.plot([100*v['flops']/self.full for v in self.sweep], [100*v['acc'] for v in self.sweep], color=arm_colors['hjepa']); ax.plot(100*s['flops']/self.full, 100*s['acc'], 'ko')
         ax.set(xlabel='FLOPs, % of the full pass', ylabel='accuracy, %'); ax.set_title(f"sure from {s['tau']:.2f}: {100*s['acc']:.1f} % right", fontsize=9)
-        for k, sub in enumerate(right.subfigures(1, K)):
-            ids = np.flatnonzero(who == k); grid = sub.subplots(9, 4, gridspec_kw=dict(wspace=.05, hspace=.05)); hide_axes(*grid.flat)
-            sub.suptitle(f"{f'block {k}' if k else 'pixels'}, {100*s['share'][k]:.0f} %", fontsize=9)
-            for ax, i in zip(grid.flat, ids):
-                ax.imshow(self.images[i]); ok = self.truth[i] == self.answer[i, k]; ax.spines[:].set(visible=True, color='#1d4ed8' if ok else '#c2410c', linewidth=1.6, linestyle='-' if ok else ':')
+        for k, ax in enumerate(right.subplots(1, K)):
+            hide_axes(ax); ax.set_title(f"{f'block {k}' if k else 'pixels'}, {100*s['share'][k]:.0f} %", fontsize=9)
+            for n, i in enumerate(np.flatnonzero(who == k)):
+                (r, c), ok = divmod(n, 4), self.truth[i] == self.answer[i, k]; ax.imshow(self.images[i], extent=(c + .08, c + .92, r + .92, r + .08))
+                ax.add_patch(Rectangle((c + .06, r + .06), .88, .88, fill=False, lw=1.6, ec='#1d4ed8' if ok else '#c2410c', ls='-' if ok else ':'))
+            ax.set_xlim(0, 4); ax.set_ylim(9, 0)
     return fig
