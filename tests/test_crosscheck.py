@@ -265,6 +265,7 @@ def test_test_labels_choose_nothing(report, tmp_path):
     r, y = report[0], sets()[1].labels; poisoned = run(tmp_path, labels=y[torch.randperm(M, generator=torch.Generator().manual_seed(4))])
     answers = ('acc', 'lo', 'hi', 'diff', 'verdict', 'key', 'agreement', 'error_consistency', 'each', 'rows', 'text', *TIMES)
     assert without(r, *answers) == without(poisoned, *answers) and r['scores'] != poisoned['scores']
+    assert without(run(tmp_path), *TIMES) == without(r, *TIMES)              # and back: the same folder, other labels, so another card
     chosen = lambda r: {(p, a, l): (s['C'], s['val'], s['loss']) for p, by in r['scores'].items() for a, ls in by.items() for l, s in ls.items()}
     assert chosen(r) == chosen(poisoned) and any(c[0] for c in chosen(r).values()) and {p: h['level'] for p, h in r['headline'].items()} == {p: h['level'] for p, h in poisoned['headline'].items()}
 
