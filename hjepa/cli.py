@@ -23,8 +23,8 @@ from .data.sets import NoSplit, load as load_images
 from .data.look import describe, in_words, show
 from .model import load, load_pretrained, untrained
 from .foreign import foreign
-from .evaluate.card import acc, compare, names, pts, read_card, table
-from .evaluate.suite import SUITES, evaluate as run_suite
+from .evaluate.card import compare, html
+from .evaluate.suite import SUITES, evaluate as run_suite, side_by_side
 from .train import fit, read_rows
 from .sweep import read_sweep, sweep, sweep_table
 from .bench import bench_data, bench_eval, eval_table, bench_recipe, bench_step, data_table
@@ -128,10 +128,9 @@ def evaluate_foreign(args, change:dict):
 # %% ../nbs/91_cli.ipynb #91a00001
 def compare_cards(args):
     "Put report cards side by side."
-    out = compare(args.folder)
-    for f in args.folder:
-        if note := read_card(f)[0].get('note'): print(f'NOTE, {f}: {note}')
-    print(table([[names[p], f, s['level'], acc(s), pts(s['minus_first'])] for p, by in out.items() for f, s in by.items()], ['probe', 'card', 'level', 'accuracy, %', 'minus the first']))
+    out, text = compare(args.folder), side_by_side(args.folder)
+    print(text)
+    if args.out: write(Path(args.out)/'compare.md', text); write(Path(args.out)/'compare.html', html(text, args.out))
     say_json(args, out)
 
 # %% ../nbs/91_cli.ipynb #2205eaf1
@@ -238,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument('--suite', default='quick', choices=list(SUITES), help='quick: the card; standard: also few labels, other probes and readouts, views, what is known of scenes, transfer, segmentation, corrupted images; full: all of those at length, detection and fine-tuning (default: quick)')
     q.add_argument('--data', metavar='NAME', help='judge on another data set (with --out)')
     q.add_argument('--out', help='where the report goes (default: beside the model)'); q.add_argument('--no-umap', action='store_true', help='leave out the UMAP figure')
-    q = add(compare_cards, 'compare', 'put report cards side by side, with paired differences', 'hjepa compare runs/demo runs/try'); q.add_argument('folder', nargs='+', help='run directories with a report card each; the first is what the others are compared with')
+    q = add(compare_cards, 'compare', 'put report cards side by side, with paired differences', 'hjepa compare runs/demo runs/try'); q.add_argument('folder', nargs='+', help='run directories with a report card each; the first is what the others are compared with'); q.add_argument('--out', metavar='FOLDER', help='also write compare.md and compare.html there')
     q = add(data, 'data', 'fetch a data set, say what it is (info), or draw it (show)', 'hjepa data show cifar10 --out cifar10.png')
     q.add_argument('words', nargs='+', metavar='[fetch|info|show] NAME',
                    help='what to do (default: info), and cifar10, scenes, stl10_unlabelled, folder:PATH, mix:cifar10=0.5,scenes=0.5, ...')

@@ -188,8 +188,8 @@ def test_train_evaluate_and_report(folder, capsys):
     assert status == 0 and second['scores'] == rep['scores'] and second['images_seen'] == 48 and json.loads((folder/'e.json').read_text())['scores'] == rep['scores']
     status, out, _ = main(capsys, 'train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--out', run, '--no-report', '--json', folder/'f.json')
     assert status == 0 and json.loads((folder/'f.json').read_text())['images_seen'] == 48       # finished: read, not trained again
-    status, out, _ = main(capsys, 'compare', run, again, '--json', folder/'c.json')
-    assert status == 0 and json.loads((folder/'c.json').read_text())['knn'][str(again)]['minus_first'] == dict(diff=0., lo=0., hi=0.) and '+0.0 [+0.0, +0.0]' in out
+    status, out, _ = main(capsys, 'compare', run, again, '--json', folder/'c.json', '--out', folder/'both')
+    assert status == 0 and json.loads((folder/'c.json').read_text())['knn'][str(again)]['minus_first'] == dict(diff=0., lo=0., hi=0.) and '+0.0 [+0.0, +0.0]' in out and out.strip() == (folder/'both'/'compare.md').read_text().strip() and '<table>' in (folder/'both'/'compare.html').read_text()
     refused(capsys, ['compare', run, folder/'pics'], 'hjepa evaluate'); refused(capsys, ['compare', run], 'two different')
     (again/'answers.npz').write_bytes((again/'answers.npz').read_bytes()[:50]); refused(capsys, ['compare', run, again], 'no whole report card')
 

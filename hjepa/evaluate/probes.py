@@ -74,14 +74,15 @@ class Score:
     loss:float=None        # cross-entropy there, for probes that give probabilities
     C:float=None           # inverse regularisation that was chosen, as in scikit-learn
     correct:object=None    # (N,) bool, answers on the test set
+    pred:object=None       # (N,) classes, the answers themselves
     def json(self) -> dict: # without the answers
-        return {k: None if v is None else round(float(v), 6) for k, v in vars(self).items() if k != 'correct'}
+        return {k: None if v is None else round(float(v), 6) for k, v in vars(self).items() if k not in ('correct', 'pred')}
     def __repr__(self): return f'{100*self.acc:.2f} % [{100*self.lo:.2f}, {100*self.hi:.2f}]' + (f', C={self.C:.2g}' if self.C else '')
 
 def score(pred, labels, val, loss=None, C=None) -> Score:
     "Pack test answers."
     correct = (pred == labels).cpu().numpy()
-    return Score(float(correct.mean()), *bootstrap(correct), val=val, loss=loss, C=C, correct=correct)
+    return Score(float(correct.mean()), *bootstrap(correct), val=val, loss=loss, C=C, correct=correct, pred=pred.cpu().numpy())
 
 # %% ../../nbs/evaluate/51_probes.ipynb #d4088819
 def scaling(
@@ -282,17 +283,23 @@ def few_shot(
     shots:int=5,     # labelled images a class
     tries:int=10,    # draws, seeds 0, 1, …
     C:float=1.,      # inverse regularisation
+    images:int=None, # instead of shots: so many images, classes as frequent as they are, and C chosen as in linear_probe()
 ) -> dict: # mean accuracy over draws 'acc', its 95 % t-interval 'lo', 'hi', and 'each' draw; shares
-    "Logistic regression from a few images a class."
+    "Logistic regression from a few images. If they are all there are, one draw, and the interval is over test images."
     _check(train_x, train_y, test_x, test_y)
     if tries < 2: raise HJEPAError(f'An interval over draws needs at least 2 and got tries={tries}: raise it.')
     kinds, count = train_y.unique(return_counts=True)
     if shots < 1: raise HJEPAError(f'shots is {shots}, which leaves nothing to learn from: ask at least 1.')
-    if count.min() < shots: raise HJEPAError(f'{shots}-shot needs {shots} images of every class and class {int(kinds[count.argmin()])} has {int(count.min())}: lower shots.')
+    if images and images > len(train_x): raise HJEPAError(f'{images:,} images are asked for and there are {len(train_x):,}: lower images.')
+    if not images and count.min() < shots: raise HJEPAError(f'{shots}-shot needs {shots} images of every class and class {int(kinds[count.argmin()])} has {int(count.min())}: lower shots.')
     from scipy import stats
     x, xt = standardise(train_x, test_x)
     n, each = int(train_y.max()) + 1, []
+    if images == len(x): s = linear_probe(train_x, train_y, test_x, test_y); return dict(acc=s.acc, lo=s.lo, hi=s.hi, each=[s.acc])
     for seed in range(tries):
+        if images:
+            i = stratified_subset(train_y, images, seed)
+            each.append(linear_probe(train_x[i], train_y[i], test_x, test_y, seed=seed).acc); continue
         rng = np.random.default_rng(seed)
         i = torch.from_numpy(np.concatenate([rng.choice(np.flatnonzero(train_y.numpy() == c), shots, replace=False) for c in kinds.tolist()]))
         lam, v = principal(x[i])

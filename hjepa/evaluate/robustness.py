@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'CORRUPTIONS', 'VALIDATION', 'SHIFTS', 'PROCEDURAL', 'TABLES', 'ALEXNET', 'ALEXNET_CLEAN', 'table_for',
            'corrupt', 'mean_change', 'corruption_error', 'is_imagenet', 'official', 'resize', 'answers', 'resample',
-           'summarise', 'probes_of', 'robustness', 'plot_severity']
+           'panels', 'summarise', 'probes_of', 'robustness', 'plot_severity']
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000002
 import io, math, re, zlib
@@ -399,6 +399,10 @@ def _summary(t, d, names, ref=None): # (1+K,) shares right, clean first, and (n,
     md = corruption_error(err(d), ALEXNET if ref is None else err(ref[1]))['mce']
     return out | (dict(mce_lo=None, mce_hi=None) if md is None else {f'mce_{k}': v for k, v in _within(md).items()})
 
+def panels(names) -> dict: # family, 'validation' or a shift -> its corruptions among these
+    some = {k: [c for c in cs if c in names] for k, cs in (FAMILIES | dict(validation=VALIDATION) | {s: (s,) for s in SHIFTS}).items()}
+    return {k: cs for k, cs in some.items() if cs}
+
 def summarise(
     answers:dict,      # {key: {'clean': (1,N), corruption: (S,N)}}, of answers()
     names,             # corruptions
@@ -411,7 +415,11 @@ def summarise(
     mean = {k: v.mean(0) for k, v in cols.items()}; ref = None if reference is None else (mean[reference], draws[reference])
     at = [1 + i for i, c in enumerate(names) if c in CORRUPTIONS] or slice(1, None)
     by = lambda k: {c: dict(acc=mean[k][1+i]) | _within(draws[k][:, 1+i]) | dict(severities=answers[k][c].mean(1).tolist()) for i, c in enumerate(names)}
-    return {k: _summary(mean[k], draws[k], names, ref) | dict(by_corruption=by(k)) for k in cols}, {k: d[:, at].mean(1) for k, d in draws.items()}
+    def families(a): # of one arm: panel -> acc, lo and hi at each severity
+        r = {f: np.mean([a[c] for c in cs], 0) for f, cs in panels(names).items()}             # (S,N) each
+        d = {f: resample(v.T, n, seed) for f, v in r.items()}
+        return {f: dict(acc=v.mean(1).tolist(), **{q: x.tolist() for q, x in zip(('lo', 'hi'), np.quantile(d[f], [.025, .975], 0))}) for f, v in r.items()}
+    return {k: _summary(mean[k], draws[k], names, ref) | dict(by_corruption=by(k), by_family=families(answers[k])) for k in cols}, {k: d[:, at].mean(1) for k, d in draws.items()}
 
 # %% ../../nbs/evaluate/54_robustness.ipynb #54000032
 def probes_of(
@@ -458,15 +466,14 @@ def plot_severity(
     result:dict, # of robustness()
 ):  # a figure: a panel a family and shift, a line an arm at its chosen level, severity 0 = clean
     "Accuracy against severity."
-    some = lambda cs: [c for c in cs if c in result['source']]
-    panels = {k: v for k, v in (FAMILIES | dict(validation=VALIDATION) | {s: (s,) for s in SHIFTS}).items() if some(v)}
-    fig, axes = plt.subplots(1, len(panels), figsize=(1.5*len(panels) + 1.6, 2.5), sharey=True, squeeze=False)
-    for ax, (title, cs) in zip(axes[0], panels.items()):
+    shown = panels(result['source'])
+    fig, axes = plt.subplots(1, len(shown), figsize=(1.5*len(shown) + 1.6, 2.5), sharey=True, squeeze=False)
+    for ax, title in zip(axes[0], shown):
         for arm, l in result['level'].items():
-            r = result['arms'][arm][l]
-            y = np.mean([r['by_corruption'][c]['severities'] for c in some(cs)], 0)
-            ax.plot([0, *result['severities']], 100*np.array([r['clean']['acc'], *y]), 'o--' if arm == 'pooled_l0' else 'o-', ms=3,
-                    color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
+            r, x = result['arms'][arm][l], [0, *result['severities']]
+            y, lo, hi = (100*np.array([r['clean'][k], *r['by_family'][title][k]]) for k in ('acc', 'lo', 'hi'))
+            ax.plot(x, y, 'o--' if arm == 'pooled_l0' else 'o-', ms=3, color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
+            ax.fill_between(x, lo, hi, color=arm_colors[arm], alpha=.18, lw=0)
         ax.set(title=title, xlabel='severity', xticks=range(6))
     axes[0, 0].set_ylabel('test accuracy, %'); fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper', fontsize=8, title='arm, level')
     return fig
