@@ -118,9 +118,10 @@ def evaluate(args):
 
 def evaluate_foreign(args, change:dict):
     "Judge a timm model beside its own untrained twin."
-    if bad := [k for k in change if full_key(k) not in ('data.name', 'data.labelled')]: raise HJEPAError(f"'{bad[0]}' is no choice for a foreign encoder: use data.name and data.labelled.")
+    size = change.pop('size', None)
+    if bad := [k for k in change if full_key(k) not in ('data.name', 'data.labelled')]: raise HJEPAError(f"'{bad[0]}' is no choice for a foreign encoder: use data.name, data.labelled and size.")
     change = {full_key(k): v for k, v in change.items()}
-    model = foreign(args.model)
+    model = foreign(args.model, size=size)
     data = [load_images(change.get('data.name', 'cifar10'), s) for s in ('train', 'test')]
     out = Path(args.out or f"runs/{args.model.replace(':', '-').replace('/', '-')}")
     return judge(args, model, model.untrained(), data, change.get('data.labelled', 5000), out, out, dict(note=f'{args.model}: {model.note}.'))
@@ -288,3 +289,6 @@ def main(argv=None) -> int: # exit status
         return args.run(args) or 0
     except HJEPAError as e: print(f'hjepa: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('hjepa: stopped', file=sys.stderr); return 130
+
+# %% ../nbs/91_cli.ipynb #91cd00ff
+if __name__ == '__main__': sys.exit(main())          # python -m hjepa.cli

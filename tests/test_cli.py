@@ -97,7 +97,7 @@ def test_evaluate_a_timm_model(folder, capsys):
     with pytest.warns(UserWarning, match='NOT pretrained'): assert main(capsys, *words)[0] == 0
     rep = json.loads((folder/'t'/'report.json').read_text())
     assert 'random weights' in rep['note'] and rep['name'] == 'timm:vit_tiny_patch16_224' and rep['data']['labelled'] == 60 and len(rep['scores']['knn']['untrained']) == 4
-    refused(capsys, ['evaluate', 'timm:vit_tiny_patch17', '--data', pics], 'timm has no model'); refused(capsys, [*words, 'lr=1'], "'lr'")
+    refused(capsys, ['evaluate', 'timm:vit_tiny_patch17', '--data', pics], 'timm has no model'); refused(capsys, [*words, 'lr=1'], "'lr'"); refused(capsys, [*words, 'size=0'], 'size is 0')
 
 def test_unreadable_images_are_left_out_of_a_report(folder, capsys):
     some = folder/'pics'/'test'/'c0'
