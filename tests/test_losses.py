@@ -4,7 +4,6 @@ from itertools import combinations
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from scipy.stats import norm
-from torch.utils._python_dispatch import TorchDispatchMode
 from hjepa.config import HJEPAError, change
 from hjepa.data.views import draw_views, make_views
 from hjepa.losses.contrast import WHOLE, BarlowTwins, InfoNCE, Mix
@@ -14,7 +13,7 @@ from hjepa.losses.weighting import Weighting
 from hjepa.model import build
 from hjepa.parts.patch import gather
 from hjepa.train import fit
-from tiny import ENV, TINY, images, tiny
+from tiny import Count, ENV, TINY, images, tiny
 
 # ---- whole-image losses: lightly's, value and gradient
 
@@ -173,10 +172,6 @@ def plain(m, views, masks, step): # the step as it was before there were switche
     total = total + m.recipe.prediction.weight * (sum(a * b for a, b in zip(w, losses)) / sum(w))
     whole = m.whole(m.projector(torch.cat([ctx.mean(1)])).unflatten(0, (-1, B)), step)
     return total + m.recipe.whole.weight * whole
-
-class Count(TorchDispatchMode):
-    def __init__(self): super().__init__(); self.n = 0
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None): self.n += f.__name__.split('.')[0] not in ('detach', 'alias'); return f(*args, **(kwargs or {}))
 
 def test_off_is_as_before_bit_for_bit_and_costs_nothing():
     (views, masks), _ = batch(TINY); out = []
