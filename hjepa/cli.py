@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['overrides', 'number', 'say_json', 'can_write', 'sets_of', 'for_training', 'train', 'judge', 'evaluate',
-           'evaluate_foreign', 'compare_cards', 'data', 'show_recipes', 'bench', 'time_data', 'time_eval', 'run_sweep',
-           'add_sweep', 'parser', 'add_bench', 'main']
+           'evaluate_foreign', 'compare_cards', 'data', 'show_recipes', 'described', 'bench', 'time_memory',
+           'time_data', 'time_eval', 'run_sweep', 'add_sweep', 'parser', 'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
 import argparse, json, os, re, sys, tempfile, time, warnings
@@ -27,7 +27,7 @@ from .evaluate.card import compare, html
 from .evaluate.suite import SUITES, evaluate as run_suite, side_by_side
 from .train import fit, read_rows
 from .sweep import read_sweep, sweep, sweep_table
-from .bench import bench_data, bench_eval, eval_table, bench_recipe, bench_step, data_table
+from .bench import bench_data, bench_eval, bench_memory, eval_table, bench_recipe, bench_step, data_table, memory_table
 
 # %% ../nbs/91_cli.ipynb #56fd5e5d
 def overrides(words:list) -> dict: # ['lr=1e-3', ...] -> recipe changes
@@ -171,13 +171,21 @@ def show_recipes(args):
     say_json(args, r.model_dump(mode='json'))
 
 # %% ../nbs/91_cli.ipynb #91b00001
+def described(args):
+    "The recipe that a benchmark of the step is about."
+    given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor', 'match') if (v := getattr(args, k, None)) is not None}
+    if args.recipe and given: raise HJEPAError(f"--{next(iter(given))} describes a recipe and --recipe names one: give one of them, or change the named one with key=value.")
+    return recipe(recipe(args.recipe) if args.recipe else bench_recipe(**given), **overrides(args.change))
+
 def bench(args):
     "Time a training step."
-    given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor', 'match') if (v := getattr(args, k)) is not None}
-    if args.recipe and given: raise HJEPAError(f"--{next(iter(given))} describes a recipe and --recipe names one: give one of them, or change the named one with key=value.")
-    r = recipe(args.recipe) if args.recipe else bench_recipe(**given)
-    out = bench_step(recipe(r, **overrides(args.change)), device=args.device, peer=args.peer, precision=args.precision, compile=args.compile)
+    out = bench_step(described(args), device=args.device, peer=args.peer, precision=args.precision, compile=args.compile)
     print(json.dumps(out, indent=1)); say_json(args, out)
+
+def time_memory(args):
+    "Weigh and time a training step with and without checkpointing."
+    out = bench_memory(described(args), **{k: getattr(args, k) for k in 'device steps rounds precision'.split()})
+    print(memory_table(out)); say_json(args, out)
 
 def time_data(args):
     "Time a set's way from bytes or files to views."
@@ -249,8 +257,8 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/91_cli.ipynb #d0566a10
 def add_bench(add):
-    "`bench step`, `bench data` and `bench eval`."
-    both = add(bench, 'bench', 'time the training step, alone or beside a peer; the data beside torchvision alone; or the evaluation beside timm and scikit-learn',
+    "`bench step`, `bench memory`, `bench data` and `bench eval`."
+    both = add(bench, 'bench', 'time the training step, alone or beside a peer; what checkpointing saves; the data beside torchvision alone; or the evaluation beside timm and scikit-learn',
                'hjepa bench step --encoder vit_tiny --image 224 --patch 16 --batch 16 --predictor 192x6 --peer ijepa=../ijepa --json out.json').add_subparsers(dest='what', required=True)
     def kind(f, name, help, example):
         q = both.add_parser(name, help=help, description=help, epilog=f'example: {example}', formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,13 +267,18 @@ def add_bench(add):
         return q
     precision = lambda q: q.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'])
     change, encoders = dict(nargs='*', metavar='key=value', default=[], help='changes of the recipe'), ['vit_tiny', 'vit_small', 'vit_base']
-    q = kind(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
-    q.add_argument('change', **change); q.add_argument('--recipe', help='bench a recipe instead of the encoder options')
-    q.add_argument('--encoder', choices=encoders, help='default: vit_tiny')
-    for k, v in dict(image=224, patch=16, batch=16).items(): q.add_argument(f'--{k}', type=int, help=f'default: {v}')
-    q.add_argument('--predictor', help='WIDTHxDEPTH, default: 192x6'); q.add_argument('--match', action='store_true', default=None, help="the peer's own numbers of context and target tokens")
-    q.add_argument('--compile', action='store_true'); precision(q)
+    def of_step(*what):
+        q = kind(*what)
+        q.add_argument('change', **change); q.add_argument('--recipe', help='bench a recipe instead of the encoder options')
+        q.add_argument('--encoder', choices=encoders, help='default: vit_tiny')
+        for k, v in dict(image=224, patch=16, batch=16).items(): q.add_argument(f'--{k}', type=int, help=f'default: {v}')
+        q.add_argument('--predictor', help='WIDTHxDEPTH, default: 192x6'); precision(q)
+        return q
+    q = of_step(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
+    q.add_argument('--match', action='store_true', default=None, help="the peer's own numbers of context and target tokens"); q.add_argument('--compile', action='store_true')
     q.add_argument('--peer', type=lambda s: s.removeprefix('ijepa='), metavar='ijepa=PATH', help='a checkout of facebookresearch/ijepa to run in turn')
+    q = of_step(time_memory, 'memory', 'bytes and time of the training step with gradient checkpointing on and off', 'hjepa bench memory --encoder vit_tiny --batch 16 --json out.json')
+    for k, v in dict(steps=4, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v, help=f'default: {v}')
     q = kind(time_data, 'data', "images a second by back end and workers, beside torchvision alone, and the data's share of a step", 'hjepa bench data cifar10 --workers 0 1 2 --json out.json')
     q.add_argument('name', help='cifar10, folder:PATH, wds:PATTERN, ...; photos: JPEGs of 500x375 written for this'); q.add_argument('change', **change)
     q.add_argument('--encoder', default='vit_small', choices=encoders, help='of the training step'); q.add_argument('--workers', type=int, nargs='+', help='default: 0, 1 and as many as there are cores')

@@ -134,6 +134,7 @@ class Prediction(Branch):
     targets:str = 'layer'             # of the slow encoder, normalised per token (layer) or over the batch (whiten), or the dotted path of a function of yours: see hjepa.peers.pixels
     gradient:bool = False             # let the loss move the targets as well; needs optim.ema = optim.ema_end = 0
     visible:float = Field(0., ge=0)   # weight of predicting the seen patches too, nearest to the hidden ones most (V-JEPA 2.1: .5)
+    visible_warmup:int = Field(0, ge=0) # steps over which that weight grows from nothing
     next_view:float = Field(0., ge=0)    # weight of predicting the next view's cells where they overlap
     share:float = Field(1., gt=0, le=1) # of the view images that are predicted, each step
     momentum:float = Field(.99, ge=0, lt=1) # of the running mean target and chance level
@@ -311,6 +312,7 @@ def loss_problems(r, p, lv, w):
     on = [k for k, off in (('visible', 0), ('next_view', 0), ('gradient', False), ('targets', 'layer')) if getattr(p, k) != off]
     if p.targets not in ('layer', 'whiten') and '.' not in p.targets: yield f"prediction.targets is '{p.targets}': use layer, whiten, or the dotted path of a function." + nearest(p.targets, ('layer', 'whiten'))
     if '.' in p.targets and p.gradient: yield "prediction.gradient moves the encoder that makes the targets, and prediction.targets are not made by one: unset one."
+    if p.visible_warmup and not p.visible: yield "prediction.visible_warmup lets the weight of seen patches grow, and prediction.visible is 0: give that a weight, or leave the warm-up out."
     if on and not p.weight: yield f"prediction.{on[0]} is on but prediction.weight is 0, so nothing is predicted: give it a weight or leave {on[0]} out."
     if p.gradient and (r.optim.ema or r.optim.ema_end): yield "prediction.gradient takes its targets from the online encoder, so no slow copy is used: set optim.ema=0 and optim.ema_end=0."
     if p.gradient and w.kind == 'none': yield "prediction.gradient without a whole-image loss has an answer that needs no images, constant targets: set whole.kind=sigreg or prediction.gradient=false."

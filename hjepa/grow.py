@@ -15,9 +15,10 @@ def widen(
     old:torch.Tensor, shape, # a tensor of the small model; the shape it is to have
     name:str,                # of the parameter: it says what is fused in it, and seeds the shares
     uneven:float=.1,         # how far the shares of the copies may lie from equal
+    gated:bool=False,        # the MLPs are SwiGLU
 ) -> torch.Tensor:
     "Repeat along every axis that grows; what is read is shared among its copies."
-    parts = 3 if '.qkv.' in name else 2 if '.kv.' in name else 1
+    parts = 3 if '.qkv.' in name else 2 if '.kv.' in name or gated and '.mlp.0.' in name else 1
     t, shape = (old.unflatten(0, (parts, -1)), (parts, shape[0] // parts, *shape[1:])) if parts > 1 else (old, shape)
     times = [n // o for n, o in zip(shape, t.shape)]
     if any(n != o * k for n, o, k in zip(shape, t.shape, times)): raise HJEPAError(f'{name} of {tuple(t.shape)} cannot be repeated to {tuple(shape)}: grow by whole multiples.')
@@ -45,7 +46,7 @@ def grow(
     for k, v in big.state_dict().items():
         part, *rest = k.split('.'); blocks, j = part in ('encoder', 'target') and rest[0] == 'blocks', int(rest[1]) if len(rest) > 1 and rest[1].isdigit() else 0
         was = '.'.join([part, 'blocks', str(source[j]), *rest[2:]]) if blocks else k
-        v.copy_(widen(old[was], v.shape, k.replace('target.', 'encoder.', 1), uneven))
+        v.copy_(widen(old[was], v.shape, k.replace('target.', 'encoder.', 1), uneven, blocks and e.act == 'swiglu'))
         if blocks and j and source[j] == source[j-1] and any(q in k for q in ('.attn.proj.', '.mlp.2.')): v.zero_()
     x = torch.rand(2, 3, r.data.image, r.data.image, generator=torch.Generator().manual_seed(0))
     if not all(b.allclose(a.repeat(1, 1, D // e.dim), atol=1e-3) for a, b in zip(model.levels(x), big.levels(x))): raise HJEPAError('This model has a part that does not grow: only the plain encoder, predictor and projector do.')

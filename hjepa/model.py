@@ -179,8 +179,9 @@ def forward(self:HJEPA,
         pred = self.weighting(parts, self.predictor.blocks[-1], masks.unit)
         if self.weighting.kind != 'fixed': out |= {f'weight_{l}': a.detach() for l, a in enumerate(self.weighting.factors())}
         out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)} | {k: v.detach() for k, v in extra.items()}
-        for k, v in extra.items(): pred = pred + getattr(self.recipe.prediction, k) * v
-        total = total + self.recipe.prediction.weight * pred
+        p = self.recipe.prediction; ramp = min(1., (step + 1) / max(p.visible_warmup, 1))
+        for k, v in extra.items(): pred = pred + getattr(p, k) * (ramp if k == 'visible' else 1.) * v
+        total = total + p.weight * pred
     if self.whole:
         if local is not None: codes = torch.cat((codes, self.look(local.flatten(0, 1))[1]))
         codes = self.projector(codes).unflatten(0, (-1, B))

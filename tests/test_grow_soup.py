@@ -18,7 +18,7 @@ def moved(**kw): # a model whose every weight, and whose slow copy, is its own
         for p in m.parameters(): p.add_(.1 * torch.randn(p.shape, generator=g))
     return m
 
-KINDS = dict(plain={}, registers=dict(encoder__registers=2), scaled=dict(encoder__layer_scale=.5), normed=dict(encoder__qk_norm=True), conv=dict(encoder__stem='conv', encoder__dim=32, encoder__heads=4),
+KINDS = dict(plain={}, registers=dict(encoder__registers=2), scaled=dict(encoder__layer_scale=.5), normed=dict(encoder__qk_norm=True), gated=dict(encoder__act='swiglu'), conv=dict(encoder__stem='conv', encoder__dim=32, encoder__heads=4),
     joint=dict(predictor__attention='joint'), packed=dict(predictor__attention='packed'), views=dict(prediction__weight=0.), vicreg=dict(whole__kind='vicreg', whole__args={}), three=dict(encoder__depth=3, levels__depths=(1, 2, 3)))
 
 @pytest.mark.parametrize('k', KINDS)

@@ -4,7 +4,6 @@ from itertools import combinations
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from scipy.stats import norm
-from torch.utils._python_dispatch import TorchDispatchMode
 from hjepa.config import HJEPAError, change
 from hjepa.data.views import draw_views, make_views
 from hjepa.losses.contrast import WHOLE, BarlowTwins, InfoNCE, Mix
@@ -14,7 +13,7 @@ from hjepa.losses.weighting import Weighting
 from hjepa.model import build
 from hjepa.parts.patch import gather
 from hjepa.train import fit
-from tiny import ENV, TINY, images, tiny
+from tiny import Count, ENV, TINY, images, tiny
 
 # ---- whole-image losses: lightly's, value and gradient
 
@@ -174,10 +173,6 @@ def plain(m, views, masks, step): # the step as it was before there were switche
     whole = m.whole(m.projector(torch.cat([ctx.mean(1)])).unflatten(0, (-1, B)), step)
     return total + m.recipe.whole.weight * whole
 
-class Count(TorchDispatchMode):
-    def __init__(self): super().__init__(); self.n = 0
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None): self.n += f.__name__.split('.')[0] not in ('detach', 'alias'); return f(*args, **(kwargs or {}))
-
 def test_off_is_as_before_bit_for_bit_and_costs_nothing():
     (views, masks), _ = batch(TINY); out = []
     for run in (lambda m: plain(m, views, masks, 3), lambda m: m(views, masks, 3)['loss']):
@@ -232,6 +227,11 @@ def test_visible_counts_every_seen_patch_by_its_nearness():
     rest = out['level_0'] / 2 + out['level_1'] / 2 + .5 * out['visible'] + out['whole']
     torch.testing.assert_close(out['loss'].detach(), rest)
 
+def test_visible_warms_up():
+    for step, share in ((0, .25), (1, .5), (3, 1.), (9, 1.)):
+        m = build(tiny(prediction__visible=.5, prediction__visible_warmup=4)).train(); (views, masks), _ = batch(m.recipe); out = m(views, masks, step)
+        torch.testing.assert_close(out['loss'].detach(), out['level_0'] / 2 + out['level_1'] / 2 + .5 * share * out['visible'] + out['whole'])
+
 def test_next_view_of_equal_views_asks_the_same_cells(): # the next view is this view: same places, same targets, all in sight
     m = build(tiny(prediction__next_view=1., views__count=2)).train(); (views, masks), kw = batch(m.recipe)
     B = len(views[0]); twice, mm = views[:1].expand(2, -1, -1, -1, -1), masks[torch.arange(B).repeat(2)]
@@ -250,7 +250,7 @@ def test_fit_runs_with_everything_on(tmp_path):
 
 BAD = {'gradient': (dict(prediction__gradient=True), 'optim.ema=0'), 'constant': (dict(prediction__gradient=True, whole__kind='none', whole__args={}, **OFF['ema']), 'constant targets'),
     **{k: ({**kw, 'prediction.weight': 0.}, f'prediction.{k} is on') for k, kw in dict(visible=SWITCHES['visible'], next_view=SWITCHES['next_view'], targets=SWITCHES['whiten']).items()},
-    'one view': ({**SWITCHES['next_view'], 'views.count': 1, 'whole.kind': 'none', 'whole.args': {}}, 'another view'), 'join': (dict(levels__join='mean'), 'nothing to join'),
+    'one view': ({**SWITCHES['next_view'], 'views.count': 1, 'whole.kind': 'none', 'whole.args': {}}, 'another view'), 'join': (dict(levels__join='mean'), 'nothing to join'), 'warmup': (dict(prediction__visible_warmup=5), 'prediction.visible is 0'),
     'order': (dict(levels__depths=(1, (2, 1), 2)), 'rising'), 'empty': (dict(levels__depths=(1, (), 2)), 'empty'), 'deep': (dict(levels__depths=(1, (1, 3), 2)), 'outside'),
     'mix none': (dict(whole__kind={'none': 1.}, whole__args={}), 'above 0'), 'mix zero': (dict(whole__kind={'sigreg': 0.}, whole__args={}), 'above 0'), 'mix empty': (dict(whole__kind={}, whole__args={}), 'above 0'),
     'temperature': (dict(levels__temperature=2.), 'only by'), 'one level': (dict(levels__weighting='uw-so', levels__weights=(1., 0.)), 'needs two'),

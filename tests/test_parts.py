@@ -6,10 +6,11 @@ from hjepa.data.views import draw_views, make_views
 from hjepa.model import build, load
 from hjepa.parts.encoder import Encoder
 from hjepa.parts.masking import sample_masks
-from hjepa.parts.patch import resize_matrix
+from hjepa.parts.patch import gather, patchify, resize_matrix
 from hjepa.parts.pyramid import Pyramid
+from hjepa.parts.rope import centres, rotate, rotations
 from hjepa.train import fit
-from tiny import images, tiny
+from tiny import Count, images, tiny
 
 SWITCHES = {'mixed': dict(positions='mixed'), 'sincos': dict(positions='sincos'), 'learned': dict(positions='learned', stretch=True), 'none': dict(positions='none'), 'swiglu': dict(act='swiglu', registers=1),
     'pre_norm': dict(pre_norm=True), 'no last norm': dict(final_norm=False), 'bottleneck': {'predictor.dim': 8, 'predictor.heads': 2}, 'conv stem': dict(stem='conv'), 'windows': {'windows': 1, 'registers': 2, 'masks.hidden': (0, 3)},
@@ -88,6 +89,24 @@ def test_checkpointing_gives_the_same_gradients(kw):
     a, b = Encoder(32, 4, 32, 3, 4, **kw).train(), Encoder(32, 4, 32, 3, 4, checkpoint=True, **kw).train(); b.load_state_dict(a.state_dict()); x = torch.randn(2, 3, 32, 32)
     for e in (a, b): e(x).square().mean().backward()
     for p, q in zip(a.parameters(), b.parameters(), strict=True): torch.testing.assert_close(p.grad, q.grad)
+
+def plain(e, x, keep): # the encoder without a single switch
+    t = gather(patchify(x, 4), keep); h = e.embed.proj(t.flatten(0, 1)).unflatten(0, t.shape[:2])
+    rope = [q.unsqueeze(1) for q in rotations(centres(8, 8)[keep], 8)]
+    for b in e.blocks:
+        q, k, v = [u.unflatten(-1, (2, 8)).transpose(1, 2) for u in b.attn.qkv(b.norm1(h)).chunk(3, -1)]
+        h = h + b.attn.proj(F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v).transpose(1, 2).flatten(2))
+        h = h + b.mlp[2](F.gelu(b.mlp[0](b.norm2(h))))
+    return e.norm(h)
+
+def test_switches_that_are_off_cost_nothing():
+    e, x, keep = build(tiny()).encoder.train(), torch.randn(2, 3, 32, 32), torch.rand(2, 64).argsort(1)[:, :20]; out = []
+    for run in (plain, lambda e, x, keep: e(x, keep)):
+        e.zero_grad()
+        with Count() as c: z = run(e, x, keep); z.square().mean().backward()
+        out.append((z.detach(), [q.grad.clone() for q in e.parameters()], c.n))
+    (a, ga, na), (b, gb, nb) = out
+    assert torch.equal(a, b) and all(torch.equal(u, v) for u, v in zip(ga, gb, strict=True)) and nb <= na, (na, nb)
 
 def test_mixed_frequencies_and_tables_do_not_decay():
     from hjepa.optim import param_groups

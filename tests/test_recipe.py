@@ -76,7 +76,7 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('train.batch', 10), ('train.accumulate', 2), ('train.epochs', 1.), ('train.steps', 4), ('train.minutes', .0001), ('train.precision', 'bf16'),
     ('train.log', 2), ('train.monitor', 1), ('train.tensorboard', True)]
 CHANGES += [('levels.depths', (1, (1, 2), 2)), ('levels.join', 'mean', {'levels.depths': (1, (1, 2), 2)}), ('levels.weighting', 'uw-so'), ('levels.temperature', 5., {'levels.weighting': 'uw-so'}),
-    ('prediction.targets', 'whiten'), ('prediction.gradient', True, {'optim.ema': 0., 'optim.ema_end': 0.}), ('prediction.visible', .5), ('prediction.next_view', .5),
+    ('prediction.targets', 'whiten'), ('prediction.gradient', True, {'optim.ema': 0., 'optim.ema_end': 0.}), ('prediction.visible', .5), ('prediction.visible_warmup', 10, {'prediction.visible': .5}), ('prediction.next_view', .5),
     ('whole.kind', {'sigreg': 1., 'infonce': .1}, {'whole.args': {}})] # losses
 ELSEWHERE = {'encoder.checkpoint', 'data.workers', 'data.labelled', 'train.device', 'train.compile', 'train.save'} # each in a test of its own
 

@@ -2,6 +2,7 @@
 import os, sys
 from pathlib import Path
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from hjepa.config import change, from_dict
 from hjepa.data.scenes import scenes
 
@@ -20,3 +21,7 @@ def images(n=32, size=32, seed=0): return scenes(n, size, seed=seed)[0]
 def weights(model): return {k: v.clone() for k, v in model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def losses(run): return [{k: v for k, v in r.items() if k not in ('seconds', 'images_per_second')} for r in run.history]
+
+class Count(TorchDispatchMode): # operations, forward and backward
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None): self.n += f.__name__.split('.')[0] not in ('detach', 'alias'); return f(*args, **(kwargs or {}))
