@@ -84,7 +84,7 @@ def within(
 def afford(self:Job,
     most:int,            # images a part would like to use
     passes:int,          # how often a network looks at each, over both networks
-    budget:float=1.2e13, # FLOPs for the part: some two minutes on two cores
+    budget:float=1e13,   # FLOPs for the part: some two minutes on two cores, with what follows the looks
     least:int=50,
 ) -> int: # images
     "Fewer images for larger networks, by their FLOPs and not by a clock, so that a card stays the same."
@@ -197,7 +197,7 @@ def part_transfer(job:Job, most=2000) -> dict: # most: test images of a task; No
     place = str(data_root()).replace(str(Path.home()), '~')
     vtab = f'A set that is missing is looked for in {place}; `sets=` is an argument of `hjepa.evaluate.transfer`.\n\n' + table([[t['name'], t['group'], t['status'], t['source']] for t in r['table']], ['VTAB-1k task', 'group', 'status', 'from'])
     return dict(figures={} if fig is None else dict(tasks=(fig, f"{r['protocol']}: accuracy above chance, beside the controls, with 95 % intervals.")),
-                title='Transfer', text=f"{r['protocol']}, {fit:,} labelled images a task, levels and readings chosen on a fifth of them, {ask:,} test images. {real} of the 19 tasks of VTAB-1k are on this machine, {why}; proxies are drawn."
+                title='Transfer', text=f"{upper(r['protocol'])}: {fit:,} labelled images a task, levels and readings chosen on a fifth of them, {ask:,} test images. {real} of the 19 tasks of VTAB-1k are on this machine, {why}; proxies are drawn."
                 f" Test accuracy in %, with 95 % intervals over test images.",
                 head=['task', 'chance', *map(shown_as, own), 'minus untrained'], rows=rows, after=vtab, data=r)
 
@@ -231,7 +231,7 @@ def part_detection(job:Job) -> dict:
 def part_robustness(job:Job, n=500, severities=(1, 3, 5)) -> dict:
     "Clean-trained probes on corrupted images."
     job.labels()
-    index = stratified_subset(job.test.labels, n and job.afford(n, 2*(21*len(severities) + 1), 2.4e13), job.seed)
+    index = stratified_subset(job.test.labels, n and job.afford(n, 2*(21*len(severities) + 1), 1.8e13), job.seed)
     r = robustness(job.model, job.twin, job.train, job.tests or job.test, index=index if job.index is None else job.index[index], severities=severities, seed=job.seed, cache=job.cache)
     best = {a: (l, r['arms'][a][l]) for a, l in r['level'].items()}; less = '; '.join(f'minus {a} {pts(d)}' for a, d in r['over'].items())
     shown = dict(mce='mCE', **dict(relative_mce='relative mCE') if any(s.get('relative_mce') is not None for _, s in best.values()) else {})
@@ -254,7 +254,7 @@ def part_finetune(job:Job) -> dict:
 PARTS = dict(few_shot=part_few_shot, probes=part_probes, views=part_views, readouts=part_readouts, probing=part_probing, transfer=part_transfer, dense=part_dense, detection=part_detection, robustness=part_robustness, finetune=part_finetune,
              robustness_full=lambda job: part_robustness(job, None, (1, 2, 3, 4, 5)), transfer_full=lambda job: part_transfer(job, None))
 SHORT = ('few_shot', 'probes', 'readouts', 'views', 'probing', 'transfer', 'dense')
-BUDGETS = dict(quick=1.5e13, standard=4e13) # FLOPs for the card's features, on a CPU; full takes all images
+BUDGETS = dict(quick=1.5e13, standard=3e13) # FLOPs for the card's features, on a CPU; full takes all images
 SUITES = dict(quick=(), standard=(*SHORT, 'robustness'), full=(*SHORT[:5], 'transfer_full', 'dense', 'robustness_full', 'detection', 'finetune'))
 
 def _named(fig): # the judged arm is called the encoder, whoever made it
