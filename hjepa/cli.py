@@ -304,4 +304,5 @@ def main(argv=None) -> int: # exit status
     except KeyboardInterrupt: print('hjepa: stopped', file=sys.stderr); return 130
 
 # %% ../nbs/91_cli.ipynb #91cd00ff
+#| eval: false
 if __name__ == '__main__': sys.exit(main())          # python -m hjepa.cli

@@ -174,7 +174,7 @@ class Tuned(Score):
     seconds:float=None  # of all runs
     losses:object=None  # of the chosen run, a step each
     def json(self) -> dict: # without answers and losses
-        return {k: None if v is None else round(float(v), 6) for k, v in vars(self).items() if k not in ('correct', 'losses')}
+        return {k: None if v is None else round(float(v), 6) for k, v in vars(self).items() if k not in ('correct', 'pred', 'losses')}
 
 def finetune(
     model,             # HJEPA or Foreign; not changed
