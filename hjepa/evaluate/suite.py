@@ -193,7 +193,7 @@ def part_transfer(job:Job, most=2000) -> dict: # most: test images of a task; No
     rows = [[label(k, o), *['–']*5, o['missing']] if 'missing' in o else [label(k, o), f"{100*o['chance']:.1f}", *line(o)] for k, o in r['tasks'].items()]
     rows += [[f"mean of {len(g['tasks'])} {k}", '–', *line(g)] for k, g in r['groups'].items()] + ([['VTAB mean', '–', *line(r['vtab_mean'])]] if r['vtab_mean'] else [])
     real, fig = sum(t['status'] == 'real' for t in r['table']), plot_transfer(r)
-    why = 'nor does a mean of theirs stand here' if r['vtab_mean'] is None and real < 19 else 'but their test sets are cut short in this suite, so no VTAB mean stands here' if r['vtab_mean'] is None else 'so their mean is the VTAB mean'
+    why = 'and no mean of theirs stands here' if r['vtab_mean'] is None and real < 19 else 'but their test sets are cut short in this suite, so no VTAB mean stands here' if r['vtab_mean'] is None else 'so their mean is the VTAB mean'
     place = str(data_root()).replace(str(Path.home()), '~')
     vtab = f'A set that is missing is looked for in {place}; `sets=` is an argument of `hjepa.evaluate.transfer`.\n\n' + table([[t['name'], t['group'], t['status'], t['source']] for t in r['table']], ['VTAB-1k task', 'group', 'status', 'from'])
     return dict(figures={} if fig is None else dict(tasks=(fig, f"{r['protocol']}: accuracy above chance, beside the controls, with 95 % intervals.")),
