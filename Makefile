@@ -9,11 +9,11 @@ export GOMP_SPINCOUNT ?= 1000
 LIMIT := $(if $(shell command -v timeout),timeout 900,)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs export clean hooks install
+.PHONY: help demo test test-browser lab docs export clean hooks install
 
 help: ## this list
 	@echo 'hjepa: a Hierarchical JEPA for images, as a workbook'
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 $(STAMP): settings.ini setup.py
 	@test -n '$(PYTHON)' || { echo 'No Python found: install Python 3.11 or later, or say make PYTHON=/path/to/python.'; exit 1; }
@@ -31,6 +31,10 @@ test: $(STAMP) ## the gates, the notebooks, the tests (FLAGS='slow' runs flagged
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LIMIT) $(BIN)/nbdev_test --n_workers 2 --do_print --timing --flags '$(FLAGS)'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(LIMIT) $(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 	@$(BIN)/python tools/gate.py skipped --flags '$(FLAGS)'
+
+test-browser: $(STAMP) docs ## JupyterLab and the site in Chromium, pictures in build/ (not part of make test)
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -e '.[browser]'
+	$(BIN)/python -m pytest tests/browser.py -q
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=nbs

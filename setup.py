@@ -25,7 +25,7 @@ setup(
     package_data={'hjepa': ['weights/*.safetensors', 'weights/*.md']},
     include_package_data=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'all': cfg['optional_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'all': cfg['optional_requirements'].split(), 'browser': cfg['browser_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['hjepa=hjepa._modidx:d']},
     zip_safe=False,
 )

@@ -1,7 +1,8 @@
 """A preview of the site where Quarto is not installed: python tools/preview.py  ->  _site/index.html  (`make docs`)
 
 nbdev processes the notebooks (it runs all imports and exports and writes the reference of each symbol: a test in itself);
-pandoc, Quarto's own engine, turns them into pages. No search, no widgets: every page says "pandoc preview".
+pandoc, Quarto's own engine, turns them into pages. No widgets: every page says "pandoc preview". Search is a list of titles,
+first lines and headings in a script beside the pages, so it works on files, without a server.
 At the end the pages are checked: one per notebook, no saved errors, no broken local link, a heading for each public symbol."""
 import ast, base64, html, json, os, posixpath, re, shutil, sys, tempfile
 from html.parser import HTMLParser
@@ -19,7 +20,9 @@ CSS = """
   .content img:not([src$=".svg"]) { background:#fff; border-radius:4px; } }
 * { box-sizing:border-box; } body { margin:0; background:var(--bg); color:var(--fg); font:16px/1.6 system-ui, sans-serif; }
 a { color:var(--link); text-decoration:none; } a:hover { text-decoration:underline; }
-.label { background:var(--code); border-bottom:1px solid var(--line); color:var(--dim); font-size:.82rem; padding:.35rem 1.2rem; }
+.label { background:var(--code); border-bottom:1px solid var(--line); color:var(--dim); font-size:.82rem; padding:.35rem 1.2rem; display:flex; justify-content:space-between; align-items:center; gap:1rem; }
+search { position:relative; flex:0 0 15rem; } search input { width:100%; font:inherit; color:var(--fg); background:var(--bg); border:1px solid var(--line); border-radius:4px; padding:.2rem .5rem; }
+#found { position:absolute; right:0; z-index:1; width:min(26rem, 90vw); background:var(--bg); box-shadow:0 4px 14px #0004; border-radius:4px; max-height:70vh; overflow:auto; } #found a { display:block; padding:.3rem .7rem; border-bottom:1px solid var(--line); } #found small { display:block; color:var(--dim); }
 .page { display:flex; align-items:flex-start; max-width:80rem; margin:0 auto; }
 nav.side { flex:0 0 14.5rem; position:sticky; top:0; max-height:100vh; overflow:auto; padding:1.2rem; font-size:.92rem; }
 nav.side p { margin:.9rem 0 .15rem; color:var(--dim); font-size:.8rem; } nav.side a { display:block; padding:.1rem 0; color:inherit; }
@@ -38,11 +41,25 @@ blockquote { margin-left:0; padding-left:1rem; border-left:3px solid var(--line)
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$pagetitle$</title><link rel="stylesheet" href="$root$preview.css"></head><body>
-<div class="label"><strong>pandoc preview</strong>: made without Quarto; no search and no widgets. <code>make docs</code> with Quarto installed builds the full site.</div>
+<div class="label"><span><strong>pandoc preview</strong>: made without Quarto, no widgets. <code>make docs</code> with Quarto installed builds the full site.</span>
+<search><input id="q" type="search" placeholder="Search" aria-label="Search titles and headings"><div id="found"></div></search></div>
 <div class="page"><nav class="side">$side$</nav>
 <main><h1>$pagetitle$</h1>$if(desc)$<p class="desc">$desc$</p>$endif$
 <div class="content">$body$</div><div class="turn">$turn$</div></main>
-$if(toc)$<nav id="TOC">$toc$</nav>$endif$</div></body></html>
+$if(toc)$<nav id="TOC">$toc$</nav>$endif$</div><script src="$root$search.js" data-root="$root$"></script></body></html>
+"""
+SEARCH = """
+const root = document.currentScript.dataset.root || '', box = document.getElementById('q'), found = document.getElementById('found');
+box.addEventListener('input', () => { // every word must be there; titles before headings before first lines
+  const words = box.value.toLowerCase().split(/\\s+/).filter(w => w), has = (t, w) => t.toLowerCase().includes(w);
+  const rank = ([, title, head, text]) => words.every(w => has(title, w)) ? (head ? 1 : 0) : words.every(w => has(title + ' ' + head, w)) ? 2 : 3;
+  const hits = words.length ? INDEX.filter(e => words.every(w => has(e.slice(1).join(' '), w))).sort((a, b) => rank(a) - rank(b)) : [], seen = {};
+  const few = hits.filter(([, title]) => (seen[title] = (seen[title] || 0) + 1) <= 3).slice(0, 12); // no page takes the whole list
+  found.replaceChildren(...few.map(([url, title, head, text]) => {
+    const a = Object.assign(document.createElement('a'), {href: root + url, textContent: title}), s = document.createElement('small');
+    s.textContent = head || text; a.append(s); return a; }));
+  if (words.length && !hits.length) found.textContent = 'Nothing found';
+});
 """
 
 def front(nb):
@@ -93,6 +110,7 @@ def build():
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(PROC, SITE, ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '.*'))
     (SITE/'preview.css').write_text(CSS, encoding='utf-8')
+    found = [] # [page, title, heading, first line]
     with tempfile.TemporaryDirectory() as tmp:
         tpl = Path(tmp)/'page.html'; tpl.write_text(TEMPLATE, encoding='utf-8')
         for i, (_, p) in enumerate(order):
@@ -118,7 +136,11 @@ def build():
             v = dict(pagetitle=name[p], desc=re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(front(nbs[p]).get('description', ''), quote=False)), side='\n'.join(side), turn='\n'.join(turn), root=root)
             args = ['--standalone', f'--template={tpl}', '--mathml', '--toc', '--toc-depth=3', *(f'--variable={k}={x}' for k, x in v.items() if x)]
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(pypandoc.convert_text(md, 'html5', format='markdown', extra_args=args), encoding='utf-8')
+            page_html = pypandoc.convert_text(md, 'html5', format='markdown', extra_args=args)
+            out.write_text(page_html, encoding='utf-8')
+            text = lambda h: html.unescape(re.sub('<[^>]+>', '', h)).strip()
+            found += [[page[p], name[p], '', front(nbs[p]).get('description', '')], *([f'{page[p]}#{i}', name[p], text(h), ''] for i, h in re.findall(r'<h[2-4][^>]*? id="([^"]+)"[^>]*>(.*?)</h', page_html, re.S))]
+    (SITE/'search.js').write_text(f'const INDEX = {json.dumps(found, ensure_ascii=False)};{SEARCH}', encoding='utf-8')
     return page
 
 class Page(HTMLParser):

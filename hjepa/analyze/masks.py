@@ -62,6 +62,7 @@ class MaskExplorer:
         self.image, self.draw = widgets.IntSlider(0, 0, len(images) - 1, description='image'), widgets.IntSlider(0, 0, 20, description='draw')
         self.view, self.controls = widgets.Image(format='png'), (self.grid, self.level, self.share, self.blocks, self.image, self.draw)
         for w in self.controls: w.observe(self._changed, 'value')
+        for w in self.controls: w.style.description_width = '6.5rem'
         self.box = widgets.VBox([widgets.HBox([widgets.VBox(self.controls[:3]), widgets.VBox(self.controls[3:])]), self.view]); self._changed()
 
 @patch
