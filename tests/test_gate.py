@@ -25,6 +25,12 @@ def test_cells_and_outputs():
     msgs = list(gate.check_cells({'00_a.ipynb': n}))
     assert len(msgs) == 3 and all(any(w in m for m in msgs) for w in ('63 cells', '293 kB', 'saved with an error'))
 
+def test_pages_have_a_title_and_links_that_lead_somewhere():
+    pages = {'00_a.ipynb': nb(md('[b](data/10_b.ipynb#x), [c](https://c.org/c.ipynb)')), 'data/10_b.ipynb': nb(md('[a](../00_a.ipynb)'))}
+    assert not list(gate.check_pages(pages))
+    pages['data/10_b.ipynb'] = nb(md('[a](00_a.ipynb)')); [msg] = gate.check_pages(pages); assert 'data/10_b.ipynb, cell 1, links to 00_a.ipynb' in msg
+    [msg] = gate.check_pages({'00_a.ipynb': dict(cells=[md('# T')])}); assert 'does not begin with' in msg
+
 def test_widgets_leave_no_state():
     view, said = dict(output_type='display_data', data={'application/vnd.jupyter.widget-view+json': {}, 'text/plain': ['HBox()']}), dict(output_type='stream', name='stdout', text=['1'])
     n = nb(code('slider', [view, said])); n['metadata'] = dict(widgets={'state': 'x'*300_000}, kernelspec={})

@@ -125,6 +125,14 @@ def check_cells(nbs):
                 yield f'nbs/{n}, cell {i}, was saved with an error: mend the cell, run it again and save.'
     if total > MAX_ALL_KB: yield f'All notebooks together hold {total:.0f} kB of saved outputs (at most {MAX_ALL_KB}): shrink the largest ones.'
 
+def check_pages(nbs):
+    "What a reader needs to find the way: a title, one line that says what it is, and links that lead somewhere."
+    for n, nb in nbs.items():
+        if not re.fullmatch(r'# [^\n]+\n\n> [^\n]+', source(nb['cells'][0]).strip()): yield f'nbs/{n} does not begin with a cell of `# Title`, an empty line and `> one line`: that line is its entry in the table of notebooks.'
+        for i, c in enumerate(nb['cells']):
+            for to in re.findall(r'\]\(([^)\s#:]+\.ipynb)', source(c)) if c['cell_type'] == 'markdown' else ():
+                if os.path.normpath(Path(n).parent/to).replace(os.sep, '/') not in nbs: yield f'nbs/{n}, cell {i}, links to {to}, which does not exist: correct the link.'
+
 def check_imports(nbs):
     num = {m: number(n) for n, nb in nbs.items() if (m := module(nb))}
     for n, nb in nbs.items():
@@ -186,7 +194,7 @@ def load():
 
 def checks():
     nbs, bad = load(); yield from bad
-    for f in (check_sidebar, check_names, check_cells, check_imports, check_import_cells, check_budget): yield from f(nbs)
+    for f in (check_sidebar, check_names, check_cells, check_pages, check_imports, check_import_cells, check_budget): yield from f(nbs)
     yield from check_paths()
     print(f'{len(nbs)} notebooks; floors 2-4 and hjepa.train export {sum(budget(nbs).values())} of {MAX_LINES} lines')
 
