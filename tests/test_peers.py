@@ -57,9 +57,17 @@ def test_lejepa_is_the_minimal_sum_over_eight_views():
     want = .95 * (z.mean(0) - z).square().mean() + .05 * torch.stack([epps_pulley(v @ A).mean() for v in z]).mean()
     torch.testing.assert_close(got, want)
 
+def test_vicreg_is_lightlys_on_whole_views():
+    L = pytest.importorskip('lightly.loss')
+    r = small('vicreg'); m = build(r).train(); b = batch(r); assert b[1].context.shape == (12, 64)      # nothing is hidden
+    z = m.projector(m.encoder(b[0].flatten(0, 1)).mean(1)).unflatten(0, (2, 6))
+    (m(*b)['loss'] - L.VICRegLoss()(*z)).backward()                                                      # the same loss, and the same gradient of every weight
+    torch.testing.assert_close(m(*b)['loss'], L.VICRegLoss()(*z), rtol=1e-4, atol=1e-5)
+    assert all(p.grad.abs().max() < 1e-3 for p in m.parameters() if p.requires_grad) and not hasattr(m, 'predictor')
+
 def test_mae_targets_are_lightlys_and_loss_is_the_papers():
     U = pytest.importorskip('lightly.models.utils')
-    r = small('mae', **{'masks.hidden': (48,)}); m = build(r).train(); x, k, *rest = batch(r)
+    r = small('mae'); m = build(r).train(); x, k, *rest = batch(r)
     ours, theirs = m.targets(x[0], train=True)[0], U.normalize_mean_var(U.patchify(x[0], 4))
     torch.testing.assert_close(ours, theirs.unflatten(2, (16, 3)).transpose(2, 3).flatten(2))          # they put the colours last
     raw = m(x, k, *rest)['level_0'] * m.chance[0].level; pos = m.pyramid.centres(0)
