@@ -478,9 +478,9 @@ def recipe(r, # a name, the path of a YAML file, a Recipe, or nested dicts
 # %% ../nbs/00_config.ipynb #e41a0002
 def flat(b:Recipe) -> dict: # the base -> changes
     "Patches, and the whole image to be read: nothing is hidden, predicted or compared, and no copy is slow."
-    d = b.encoder.depth
-    return {'levels.cells': (1,), 'levels.depths': (d, d), 'levels.weights': (1.,), 'masks.hidden': (0,), 'masks.predict': None, 'prediction.weight': 0.,
-            'prediction.share': 1., 'whole.kind': 'none', 'whole.args': {}, 'whole.weight': 1., 'optim.ema': 0., 'optim.ema_end': 0.}
+    d, off = b.encoder.depth, {k: v for k, v in fields(Recipe()).items() if k.startswith(('levels.', 'masks.', 'prediction.')) or k in ('views.local', 'encoder.patches', 'encoder.large_first')}
+    return off | {'levels.cells': (1,), 'levels.depths': (d, d), 'levels.weights': (1.,), 'masks.hidden': (0,), 'prediction.weight': 0.,
+            'whole.kind': 'none', 'whole.args': {}, 'whole.weight': 1., 'optim.ema': 0., 'optim.ema_end': 0.}
 
 def ijepa(b):
     "I-JEPA (arXiv 2301.08243): rectangles of one plain crop are hidden, and the slow encoder's last block is predicted there."

@@ -190,6 +190,12 @@ def test_a_peer_is_a_change_like_any_other(capsys, tmp_path):
     assert main(['recipes', 'cifar10', 'peer=mae']) == 0 and 'hjepa.peers.pixels' in capsys.readouterr().out
     assert main(['recipes', 'cifar10', 'peer=moco']) == 2 and 'Unknown peer' in capsys.readouterr().err
 
+@pytest.mark.parametrize('name', PEERS)
+def test_nothing_of_the_base_objective_is_left(name):
+    kw = {'levels.weighting': 'uw-so', 'levels.temperature': 5., 'levels.fpn': True, 'masks.kind': 'blocks', 'masks.blocks': 3, 'masks.hidden': (12, 2), 'prediction.visible': .5, 'prediction.kind': 'cosine', 'prediction.targets': 'whiten', 'views.local': 2, 'whole.weight': .3}
+    assert small(name) == peer(name, change(TINY, **kw), **{'whole.dim': 8, **({'whole.args': dict(prototypes=16)} if name == 'dino' else {})})
+    assert peer(name, change(TINY, **{'encoder.patches': (4, 8), 'encoder.large_first': True})) == peer(name, TINY)
+
 # ---- two processes
 
 WORKER = '''
