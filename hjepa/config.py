@@ -6,9 +6,9 @@
 __all__ = ['Share', 'Beta', 'recipes', 'PEERS', 'HJEPAError', 'nearest', 'named', 'Branch', 'Data', 'Views', 'Encoder', 'Levels',
            'Masks', 'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'encoder_problems',
            'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'loss_problems', 'weight_problems',
-           'length_problems', 'optim_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml', 'from_yaml',
-           'cifar10_cpu', 'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe', 'flat', 'ijepa', 'bootleg', 'cjepa',
-           'mae', 'vicreg', 'lejepa', 'dino', 'supervised', 'peer', 'add_peer']
+           'length_problems', 'optim_problems', 'idle_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml',
+           'from_yaml', 'cifar10_cpu', 'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe', 'flat', 'ijepa',
+           'bootleg', 'cjepa', 'mae', 'vicreg', 'lejepa', 'dino', 'supervised', 'peer', 'add_peer']
 
 # %% ../nbs/00_config.ipynb #568441f4
 import difflib, importlib, math
@@ -235,6 +235,7 @@ def problems(r:Recipe): # yields one sentence per senseless choice
     yield from loss_problems(r, r.prediction, lv, r.whole)
     yield from length_problems(r)
     yield from optim_problems(r.optim)
+    yield from idle_problems(r.views, r.masks, r.optim)
 
 # %% ../nbs/00_config.ipynb #c71ba392
 def encoder_problems(r, e, cells, g):
@@ -349,6 +350,15 @@ def optim_problems(o):
     if o.kind == 'schedulefree' and not o.betas[0]: yield "optim.kind schedulefree steps between its average and its last point, and optim.betas starts with 0, which leaves no between: use .9."
     if o.restarts and o.schedule != 'cosine': yield f"optim.restarts is {o.restarts}, but only a cosine starts anew and optim.schedule is {o.schedule}: set optim.schedule=cosine or optim.restarts=0."
     if o.schedule == 'linear' and o.warmup + o.cooldown > 1: yield f"optim.warmup {o.warmup:g} and optim.cooldown {o.cooldown:g} are more than the whole run: shorten one."
+
+# %% ../nbs/00_config.ipynb #34c0f1a1
+def idle_problems(v, m, o):
+    "Details of something that is switched off."
+    for key, b, where, on in (('views.pad', v, 'views.crop is simple', v.crop == 'simple'), ('views.sigma', v, 'something blurs (views.blur, or views.kind 3aug)', v.kind != 'weak' and (v.blur or v.kind == '3aug')),
+        *((f'views.{k}', v, 'views.local is above 0', v.local) for k in ('local_size', 'local_scale')), *((f'masks.{k}', m, 'masks.kind is blocks', m.kind == 'blocks') for k in ('blocks', 'aspect')),
+        ('optim.momentum', o, 'optim.kind is lars or muon', o.kind in ('lars', 'muon')), ('optim.cooldown', o, 'optim.schedule is linear', o.schedule == 'linear')):
+        k = key.split('.')[1]; value, usual = getattr(b, k), type(b).model_fields[k].default
+        if not on and value != usual: yield f"{key} is {value} and is read only where {where}: see to that, or put it back to {usual}."
 
 # %% ../nbs/00_config.ipynb #efd2b62b
 def fields(r:Branch, prefix='') -> dict: # dotted path -> value
@@ -468,9 +478,9 @@ def recipe(r, # a name, the path of a YAML file, a Recipe, or nested dicts
 # %% ../nbs/00_config.ipynb #e41a0002
 def flat(b:Recipe) -> dict: # the base -> changes
     "Patches, and the whole image to be read: nothing is hidden, predicted or compared, and no copy is slow."
-    d = b.encoder.depth
-    return {'levels.cells': (1,), 'levels.depths': (d, d), 'levels.weights': (1.,), 'masks.hidden': (0,), 'masks.predict': None, 'prediction.weight': 0.,
-            'prediction.share': 1., 'whole.kind': 'none', 'whole.args': {}, 'whole.weight': 1., 'optim.ema': 0., 'optim.ema_end': 0.}
+    d, off = b.encoder.depth, {k: v for k, v in fields(Recipe()).items() if k.startswith(('levels.', 'masks.', 'prediction.')) or k in ('views.local', 'encoder.patches', 'encoder.large_first')}
+    return off | {'levels.cells': (1,), 'levels.depths': (d, d), 'levels.weights': (1.,), 'masks.hidden': (0,), 'prediction.weight': 0.,
+            'whole.kind': 'none', 'whole.args': {}, 'whole.weight': 1., 'optim.ema': 0., 'optim.ema_end': 0.}
 
 def ijepa(b):
     "I-JEPA (arXiv 2301.08243): rectangles of one plain crop are hidden, and the slow encoder's last block is predicted there."

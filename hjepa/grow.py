@@ -41,13 +41,14 @@ def grow(
     "A deeper and wider model that computes what the small one does."
     r = model.recipe; e = r.encoder; D, n = dim or e.dim, depth or e.depth
     if D % e.dim or n < e.depth: raise HJEPAError(f'A model of width {e.dim} and depth {e.depth} cannot grow to {D} and {n}: ask for a multiple of the width, and for no less depth.')
-    big = build(change(r, **{'encoder.dim': D, 'encoder.heads': e.heads * D // e.dim, 'encoder.depth': n, 'levels.depths': [d * n // e.depth for d in r.levels.depths]}))
-    old, big, source = model.state_dict(), big.to(model.encoder.norm.weight.device), [max(i for i in range(e.depth) if i * n // e.depth <= j) for j in range(n)]      # the block that each block copies
+    at = lambda i: tuple(map(at, i)) if isinstance(i, tuple) else i * n // e.depth       # where blocks, or a group of them, end up
+    big = build(change(r, **{'encoder.dim': D, 'encoder.heads': e.heads * D // e.dim, 'encoder.depth': n, 'encoder.windows': at(e.windows), 'levels.depths': at(r.levels.depths)}))
+    old, big, source = model.state_dict(), big.to(next(model.parameters()).device), [max(i for i in range(e.depth) if at(i) <= j) for j in range(n)]      # the block that each block copies
     for k, v in big.state_dict().items():
         part, *rest = k.split('.'); blocks, j = part in ('encoder', 'target') and rest[0] == 'blocks', int(rest[1]) if len(rest) > 1 and rest[1].isdigit() else 0
         was = '.'.join([part, 'blocks', str(source[j]), *rest[2:]]) if blocks else k
         v.copy_(widen(old[was], v.shape, k.replace('target.', 'encoder.', 1), uneven, blocks and e.act == 'swiglu'))
         if blocks and j and source[j] == source[j-1] and any(q in k for q in ('.attn.proj.', '.mlp.2.')): v.zero_()
     x = torch.rand(2, 3, r.data.image, r.data.image, generator=torch.Generator().manual_seed(0))
-    if not all(b.allclose(a.repeat(1, 1, D // e.dim), atol=1e-3) for a, b in zip(model.levels(x), big.levels(x))): raise HJEPAError('This model has a part that does not grow: only the plain encoder, predictor and projector do.')
+    if not all(b.allclose(a.repeat(1, 1, D // e.dim), atol=1e-3) for a, b in zip(model.levels(x), big.levels(x))): raise HJEPAError('This model has a part that does not grow (mixed or added positions, slots, attention across levels, or blocks that stand side by side in a level): train it at its full size.')
     return big.eval()

@@ -19,7 +19,8 @@ def moved(**kw): # a model whose every weight, and whose slow copy, is its own
     return m
 
 KINDS = dict(plain={}, registers=dict(encoder__registers=2), scaled=dict(encoder__layer_scale=.5), normed=dict(encoder__qk_norm=True), gated=dict(encoder__act='swiglu'), conv=dict(encoder__stem='conv', encoder__dim=32, encoder__heads=4),
-    joint=dict(predictor__attention='joint'), packed=dict(predictor__attention='packed'), views=dict(prediction__weight=0.), vicreg=dict(whole__kind='vicreg', whole__args={}), three=dict(encoder__depth=3, levels__depths=(1, 2, 3)))
+    joint=dict(predictor__attention='joint'), packed=dict(predictor__attention='packed'), views=dict(prediction__weight=0.), vicreg=dict(whole__kind='vicreg', whole__args={}), three=dict(encoder__depth=3, levels__depths=(1, 2, 3)),
+    bare=dict(encoder__final_norm=False), windows=dict(encoder__windows=1, encoder__registers=1, masks__hidden=(0, 3)), group=dict(levels__depths=(1, (1, 2), 2), levels__join='mean'), pyramid=dict(levels__fpn=True, levels__pool='attention'))
 
 @pytest.mark.parametrize('k', KINDS)
 @pytest.mark.parametrize('depth,times', [(None, 2), (5, 1), (4, 3)])
@@ -49,6 +50,12 @@ def test_new_blocks_learn(tmp_path):
 @pytest.mark.parametrize('kw,words', [(dict(dim=24), 'multiple of the width'), (dict(dim=8), 'multiple of the width'), (dict(depth=1), 'no less depth')])
 def test_growth_refused(kw, words):
     with pytest.raises(HJEPAError, match=words): grow(build(tiny()), **kw)
+
+@pytest.mark.parametrize('kw', [dict(positions='sincos'), dict(slots=2), dict(across=True), dict(levels__depths=(1, (1, 2), 2))], ids=str)
+def test_what_grows_in_depth_alone(kw):
+    m = moved(**kw)
+    for u, v in zip(m.levels(X[:4]), grow(m, 4).levels(X[:4])): torch.testing.assert_close(v, u, atol=1e-5, rtol=1e-5)
+    with pytest.raises(HJEPAError, match='does not grow'): grow(m, dim=32)
 
 def test_what_cannot_be_repeated_is_refused():
     with pytest.raises(HJEPAError, match='whole multiples'): widen(torch.ones(16, 3), (24, 3), 'encoder.embed.proj.weight')

@@ -57,9 +57,17 @@ def test_lejepa_is_the_minimal_sum_over_eight_views():
     want = .95 * (z.mean(0) - z).square().mean() + .05 * torch.stack([epps_pulley(v @ A).mean() for v in z]).mean()
     torch.testing.assert_close(got, want)
 
+def test_vicreg_is_lightlys_on_whole_views():
+    L = pytest.importorskip('lightly.loss')
+    r = small('vicreg'); m = build(r).train(); b = batch(r); assert b[1].context.shape == (12, 64)      # nothing is hidden
+    z = m.projector(m.encoder(b[0].flatten(0, 1)).mean(1)).unflatten(0, (2, 6))
+    (m(*b)['loss'] - L.VICRegLoss()(*z)).backward()                                                      # the same loss, and the same gradient of every weight
+    torch.testing.assert_close(m(*b)['loss'], L.VICRegLoss()(*z), rtol=1e-4, atol=1e-5)
+    assert all(p.grad.abs().max() < 1e-3 for p in m.parameters() if p.requires_grad) and not hasattr(m, 'predictor')
+
 def test_mae_targets_are_lightlys_and_loss_is_the_papers():
     U = pytest.importorskip('lightly.models.utils')
-    r = small('mae', **{'masks.hidden': (48,)}); m = build(r).train(); x, k, *rest = batch(r)
+    r = small('mae'); m = build(r).train(); x, k, *rest = batch(r)
     ours, theirs = m.targets(x[0], train=True)[0], U.normalize_mean_var(U.patchify(x[0], 4))
     torch.testing.assert_close(ours, theirs.unflatten(2, (16, 3)).transpose(2, 3).flatten(2))          # they put the colours last
     raw = m(x, k, *rest)['level_0'] * m.chance[0].level; pos = m.pyramid.centres(0)
@@ -181,6 +189,12 @@ def test_a_peer_is_a_change_like_any_other(capsys, tmp_path):
     assert rs == dict(ours=plain, mae=peer('mae', plain), tuned=peer('dino', plain, lr=.01)) and rs['mae'].encoder == plain.encoder
     assert main(['recipes', 'cifar10', 'peer=mae']) == 0 and 'hjepa.peers.pixels' in capsys.readouterr().out
     assert main(['recipes', 'cifar10', 'peer=moco']) == 2 and 'Unknown peer' in capsys.readouterr().err
+
+@pytest.mark.parametrize('name', PEERS)
+def test_nothing_of_the_base_objective_is_left(name):
+    kw = {'levels.weighting': 'uw-so', 'levels.temperature': 5., 'levels.fpn': True, 'masks.kind': 'blocks', 'masks.blocks': 3, 'masks.hidden': (12, 2), 'prediction.visible': .5, 'prediction.kind': 'cosine', 'prediction.targets': 'whiten', 'views.local': 2, 'whole.weight': .3}
+    assert small(name) == peer(name, change(TINY, **kw), **{'whole.dim': 8, **({'whole.args': dict(prototypes=16)} if name == 'dino' else {})})
+    assert peer(name, change(TINY, **{'encoder.patches': (4, 8), 'encoder.large_first': True})) == peer(name, TINY)
 
 # ---- two processes
 

@@ -1,11 +1,13 @@
 "Every field of a recipe is read by something, and changes something; every senseless recipe is refused in one sentence."
 import ast, importlib, inspect, re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 import pytest, torch
 import hjepa, hjepa.parts.encoder as he, hjepa.train as ht
 from hjepa.config import Branch, HJEPAError, Recipe, change, fields, from_dict, from_yaml, recipe, recipes, to_yaml
 from hjepa.data.sets import ImageSet
 from hjepa.data.scenes import scenes
+from hjepa.losses.contrast import WHOLE
 from hjepa.train import Trainer, fit
 from tiny import TINY, images, tiny, weights
 
@@ -58,7 +60,7 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('views.sigma', (2., 3.), {'views.blur': 1.}), ('views.local', 2), ('views.local_size', 8, {'views.local': 2}), ('views.local_scale', (.3, .5), {'views.local': 2}),
     ('encoder.patch', 8, {'masks.hidden': (3, 1)}), ('encoder.dim', 24), ('encoder.depth', 3), ('encoder.heads', 4), ('encoder.mlp', 2.), ('encoder.stem', 'conv'),
     ('encoder.registers', 1), ('encoder.layer_scale', .1), ('encoder.drop_path', .5), ('encoder.qk_norm', True), ('encoder.theta', 10.),
-    ('encoder.positions', 'mixed'), ('encoder.positions', 'sincos'), ('encoder.positions', 'learned'), ('encoder.positions', 'none'), ('encoder.stretch', True, {'views.local': 2}),
+    ('encoder.positions', 'mixed'), ('encoder.positions', 'sincos'), ('encoder.positions', 'learned'), ('encoder.positions', 'none'), ('encoder.stretch', True),
     ('encoder.act', 'swiglu'), ('encoder.act', 'gelu_tanh'), ('encoder.act', 'quick_gelu'), ('encoder.pre_norm', True), ('encoder.final_norm', False), ('encoder.eps', 1e-3), ('encoder.windows', 1, {'masks.hidden': (0, 3)}),
     ('encoder.patches', (4, 8)), ('encoder.large_first', True, {'encoder.patches': (4, 8)}),
     ('levels.pool', 'max'), ('levels.pool', 'attention'), ('levels.pool', 'conv'), ('levels.fpn', True), ('levels.across', True), ('levels.slots', 3),
@@ -77,17 +79,24 @@ CHANGES = [('name', 'other'), ('seed', 1), ('data.name', 'another'), ('data.imag
     ('train.log', 2), ('train.monitor', 1), ('train.tensorboard', True)]
 CHANGES += [('levels.depths', (1, (1, 2), 2)), ('levels.join', 'mean', {'levels.depths': (1, (1, 2), 2)}), ('levels.weighting', 'uw-so'), ('levels.temperature', 5., {'levels.weighting': 'uw-so'}),
     ('prediction.targets', 'whiten'), ('prediction.gradient', True, {'optim.ema': 0., 'optim.ema_end': 0.}), ('prediction.visible', .5), ('prediction.visible_warmup', 10, {'prediction.visible': .5}), ('prediction.next_view', .5),
-    ('whole.kind', {'sigreg': 1., 'infonce': .1}, {'whole.args': {}})] # losses
+    *(('levels.weighting', k) for k in ('uw-o', 'learned', 'gradnorm')), *(('whole.kind', k, {'whole.args': {}}) for k in WHOLE if k not in ('sigreg', 'vicreg')), ('whole.kind', {'sigreg': 1., 'infonce': .1}, {'whole.args': {}})] # losses
 ELSEWHERE = {'encoder.checkpoint', 'data.workers', 'data.labelled', 'train.device', 'train.compile', 'train.save'} # each in a test of its own
 
 def test_the_list_is_complete(): assert {c[0] for c in CHANGES} | ELSEWHERE == set(LEAVES)
+
+def test_every_choice_is_in_the_list(): # of fields that offer a few words, or yes and no
+    offered = {f'{b}.{k}': a for b in BRANCHES for k, f in type(getattr(TINY, b)).model_fields.items() if (a := (True, False) if f.annotation is bool else get_args(f.annotation) if get_origin(f.annotation) is Literal else ())}
+    offered |= {'prediction.targets': ('layer', 'whiten'), 'whole.kind': (*WHOLE, 'none')}; assert len(offered) > 20
+    tried = {(c[0], str(c[1])) for c in CHANGES} | {(k, str(v)) for k, v in fields(TINY).items()} | {('train.precision', 'auto')}      # fp32 on this device
+    assert {(k, str(a)) for k, v in offered.items() if k not in ELSEWHERE for a in v} <= tried
 
 def run(r, folder, monkeypatch): # everything that can be seen of a short run, the recipe's own record left out
     monkeypatch.chdir(folder)
     monkeypatch.setattr(ht, 'load_images', lambda name, split, image: ImageSet(name, split, scenes(32, image, seed=len(name))[0], torch.arange(32) % 4, tuple('abcd'), 'here'))
     out = fit(r)
     rows = [{k: v for k, v in q.items() if k not in ('seconds', 'images_per_second')} for q in out.history]
-    feats = {f'features {i}': f for i, f in enumerate(out.model.levels(images(4, r.data.image)))}
+    sizes = [r.data.image] + [r.data.image + 16] * (r.encoder.positions != 'learned')       # a learned table has one size
+    feats = {f'features {s} {i}': f for s in sizes for i, f in enumerate(out.model.levels(images(4, s)))}
     return dict(path=out.path.name, files=sorted(p.name for p in out.path.iterdir()), rows=rows, monitor=out.monitor), weights(out.model) | feats
 
 def differ(a, b): return a[0] != b[0] or a[1].keys() != b[1].keys() or any(x.shape != b[1][k].shape or not torch.equal(x, b[1][k]) for k, x in a[1].items())
@@ -109,6 +118,14 @@ def test_field_changes_something(base, tmp_path, monkeypatch, field, value, both
     if field == 'whole.kind' and value == 'none': both = {}
     changed = run(change(TINY, **{'train.steps': 3, **both, field: value}), tmp_path, monkeypatch)
     assert differ(base(first), changed), f'{field}={value} makes no difference'
+
+@pytest.mark.parametrize('field,value', [c[:2] for c in CHANGES if any(not k.startswith('train.') for k in (*c, {})[2])], ids=lambda v: str(v))
+def test_alone_it_changes_something_or_is_refused(base, tmp_path, monkeypatch, field, value):
+    try: r = change(TINY, **{'train.steps': 3, field: value})
+    except HJEPAError as e: assert one_sentence(str(e)); return
+    try: got = run(r, tmp_path, monkeypatch)
+    except HJEPAError as e: assert one_sentence(str(e))                   # arguments of a loss: refused when it is built
+    else: assert differ(base({}), got), f'{field}={value} alone makes no difference'
 
 def test_checkpoint_recomputes(tmp_path, monkeypatch):
     n = [0]
