@@ -1,7 +1,8 @@
 """Do the levels of an encoder form a hierarchy? Every number of hjepa.analyze.consistency, beside all controls.
 
-    hjepa train cifar10-cpu steps=1800 --out runs/cifar10 --no-report
-    python bench/consistency.py runs/cifar10 --control runs/control-cifar10.safetensors --json results/consistency_cifar10.json
+    python bench/consistency.py pretrained:cifar10-cpu --control runs/control-cifar10-cpu.safetensors --json results/consistency_cifar10.json
+    hjepa train cifar10-cpu data.name=scenes steps=1800 --out runs/scenes --no-report
+    python bench/consistency.py runs/scenes --data scenes --control runs/control-scenes.safetensors --json results/consistency_scenes.json
 
 MODEL is what hjepa.model.load takes, or timm:NAME. The positive control, MODEL trained on with the labels of --train images, is
 kept in --control and trained only if that file is not there. Probes learn from --labelled training images; the test images are
