@@ -17,7 +17,7 @@ SITE, PROC = ROOT/'_site', ROOT/'_proc'
 CSS = """
 :root { --bg:#fff; --fg:#1c2733; --dim:#5b6773; --line:#dfe4e8; --code:#f5f7f8; --link:#0a6aa6; --kw:#7b3fa0; --st:#237a3b; --nu:#a5520a; --co:#77828d; --fn:#0a6aa6; }
 @media (prefers-color-scheme: dark) { :root { --bg:#14191e; --fg:#dde3e8; --dim:#98a4af; --line:#2c353d; --code:#1c2329; --link:#6cb8ea; --kw:#c79be6; --st:#8fce9d; --nu:#eab06f; --co:#84909b; --fn:#7fc1ee; }
-  .content img:not([src$=".svg"]) { background:#fff; border-radius:4px; } }
+  .content img:not([src$=".svg"]) { background:#fff; border-radius:6px; padding:6px; } }
 * { box-sizing:border-box; } body { margin:0; background:var(--bg); color:var(--fg); font:16px/1.6 system-ui, sans-serif; }
 a { color:var(--link); text-decoration:none; } a:hover { text-decoration:underline; }
 .label { background:var(--code); border-bottom:1px solid var(--line); color:var(--dim); font-size:.82rem; padding:.35rem 1.2rem; display:flex; justify-content:space-between; align-items:center; gap:1rem; }

@@ -65,6 +65,6 @@ def figure(self:PyramidViewer, levels=None) -> Figure: # None: the level chosen
             for j in range(h*w): line[0].add_patch(Rectangle((j % w * b, j//w * a), b, a, fill=False, ec='w', lw=.8))
             for y in range(int(a)):
                 for x in range(int(b)): line[0].add_patch(Rectangle((c*b + x, r*a + y), 1, 1, fill=False, ec='w', lw=.5, ls=':'))
-            for ax in line: hide_axes(ax); ax.add_patch(Rectangle((c*b, r*a), b, a, fill=False, ec='k', lw=3)); ax.add_patch(Rectangle((c*b, r*a), b, a, fill=False, ec='w', lw=1.5))
+            for ax in line: hide_axes(ax); ax.add_patch(Rectangle((c*b, r*a), b, a, fill=False, ec='k', lw=3, clip_on=False)); ax.add_patch(Rectangle((c*b, r*a), b, a, fill=False, ec='w', lw=1.5, clip_on=False))
         for ax, t in zip(fig.axes, ('image', *self.colours)): ax.set_title(t)
     return fig
