@@ -3,7 +3,8 @@
 nbdev processes the notebooks (it runs all imports and exports and writes the reference of each symbol: a test in itself);
 pandoc, Quarto's own engine, turns them into pages. No widgets: every page says "pandoc preview". Search is a list of titles,
 first lines and headings in a script beside the pages, so it works on files, without a server.
-At the end the pages are checked: one per notebook, no saved errors, no broken local link, a heading for each public symbol."""
+At the end the pages are checked: one per notebook, no saved errors, no broken local link, words for each
+picture, a heading for each public symbol."""
 import ast, base64, html, json, os, posixpath, re, shutil, sys, tempfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -74,13 +75,15 @@ def fence(text, cls):
 def outputs(c, d, save):
     "Pandoc markdown of a cell's saved outputs; `save(bytes, suffix)` stores a figure and returns its link."
     if d.get('output:') == 'false' or d.get('include:') == 'false': return
+    alt = html.escape(str(yaml.safe_load(d.get('fig-alt:', '')) or ''))
+    def picture(b, suffix): return f'```{{=html}}\n<p><img src="{save(b, suffix)}" alt="{alt}"></p>\n```\n'
     for o in c.get('outputs', []):
         if o['output_type'] == 'stream':
             if o['name'] == 'stdout' and ''.join(o['text']).strip(): yield fence(''.join(o['text']), 'output')
             continue
         data = {k: ''.join(v) if isinstance(v, list) else v for k, v in o.get('data', {}).items()}
-        if 'image/svg+xml' in data: yield f'![]({save(data["image/svg+xml"].encode(), "svg")})\n'
-        elif 'image/png' in data: yield f'![]({save(base64.b64decode(data["image/png"]), "png")})\n'
+        if 'image/svg+xml' in data: yield picture(data['image/svg+xml'].encode(), 'svg')
+        elif 'image/png' in data: yield picture(base64.b64decode(data['image/png']), 'png')
         elif 'text/markdown' in data: yield data['text/markdown'] + '\n'
         elif 'text/html' in data: yield f'```{{=html}}\n{data["text/html"]}\n```\n'
         elif 'text/plain' in data: yield fence(data['text/plain'], 'output')
@@ -146,10 +149,11 @@ def build():
 class Page(HTMLParser):
     "Ids, links and headings of one page."
     def __init__(self, path):
-        super().__init__(); self.ids, self.links, self.heads, self.h = set(), [], [], None
+        super().__init__(); self.ids, self.links, self.heads, self.h, self.silent = set(), [], [], None, []
         self.feed(path.read_text(encoding='utf-8'))
     def handle_starttag(self, tag, attrs):
         a = dict(attrs); self.ids.add(a.get('id')); self.links += [a[k] for k in ('href', 'src') if a.get(k)]
+        if tag == 'img' and not a.get('alt'): self.silent.append(a.get('src', '')[:60])
         if re.fullmatch('h[1-6]', tag): self.h = ''
     def handle_data(self, s):
         if self.h is not None: self.h += s
@@ -175,6 +179,7 @@ def check(page):
             if not any(h == s.lstrip('.') or s[0] == '.' and h.endswith(s) for h in pages[n].heads):
                 yield f'nbs/{n} exports {s} but its page has no heading for it: take away what hides it, or add show_doc.'
     for f, pg in by.items():
+        for src in pg.silent: yield f'{f} shows {src} without words for those who cannot see it: give its cell a line `#| fig-alt: "…"`.'
         for l in pg.links:
             if re.match(r'[a-z]+:|//', l): continue
             to, _, frag = l.partition('#'); q = posixpath.normpath(posixpath.join(posixpath.dirname(f), to)) if to else f
