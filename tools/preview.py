@@ -83,7 +83,7 @@ def outputs(c, d, save):
             continue
         data = {k: ''.join(v) if isinstance(v, list) else v for k, v in o.get('data', {}).items()}
         if 'image/svg+xml' in data: yield picture(data['image/svg+xml'].encode(), 'svg')
-        elif 'image/png' in data: yield picture(base64.b64decode(data['image/png']), 'png')
+        elif mime := next((m for m in ('image/png', 'image/jpeg') if m in data), None): yield picture(base64.b64decode(data[mime]), mime[6:])
         elif 'text/markdown' in data: yield data['text/markdown'] + '\n'
         elif 'text/html' in data: yield f'```{{=html}}\n{data["text/html"]}\n```\n'
         elif 'text/plain' in data: yield fence(data['text/plain'], 'output')
