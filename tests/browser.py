@@ -35,7 +35,7 @@ def lab(tmp_path_factory):
     (s := tmp/'settings'/'@jupyterlab'/'apputils-extension').mkdir(parents=True); (s/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with socket.socket() as k: k.bind(('127.0.0.1', 0)); port = k.getsockname()[1]
     token, log = secrets.token_hex(16), open(tmp/'lab.log', 'w')
-    env = os.environ | dict(JUPYTERLAB_SETTINGS_DIR=str(tmp/'settings'), JUPYTER_CONFIG_DIR=str(tmp/'config'), JUPYTERLAB_WORKSPACES_DIR=str(tmp/'workspaces'), OMP_NUM_THREADS='1')
+    env = os.environ | dict(JUPYTERLAB_SETTINGS_DIR=str(tmp/'settings'), JUPYTER_CONFIG_DIR=str(tmp/'config'), JUPYTERLAB_WORKSPACES_DIR=str(tmp/'workspaces'), PYTHONPATH=str(work), OMP_NUM_THREADS='1') # the copy's package too
     p = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}',
         f'--notebook-dir={work}', '--expose-app-in-browser'], stdout=log, stderr=log, env=env)
     try:
