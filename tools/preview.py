@@ -31,8 +31,8 @@ nav.side a.here { font-weight:600; color:var(--link); }
 main { flex:1 1 auto; min-width:0; max-width:52rem; padding:1.2rem 1.6rem 4rem; } .desc { color:var(--dim); font-size:1.08rem; margin-top:-.4rem; }
 nav#TOC { flex:0 0 13rem; position:sticky; top:0; max-height:100vh; overflow:auto; padding:1.6rem 1rem; font-size:.83rem; } nav#TOC ul { list-style:none; margin:0; padding-left:.8rem; }
 h1,h2,h3 { line-height:1.25; } h2 { border-bottom:1px solid var(--line); padding-bottom:.2rem; margin-top:2.2rem; } hr { border:0; border-top:1px solid var(--line); margin:1.6rem 0; }
-pre { background:var(--code); padding:.65rem .9rem; overflow:auto; border-radius:4px; font-size:.85rem; line-height:1.45; } code { font-family:ui-monospace, monospace; } :not(pre)>code { background:var(--code); padding:.08em .3em; border-radius:3px; font-size:.88em; }
-pre.output { background:none; border-left:3px solid var(--line); border-radius:0; margin-top:-.6rem; } img { max-width:100%; } figure { margin:1rem 0; } figcaption { color:var(--dim); font-size:.85rem; }
+pre { background:var(--code); padding:.65rem .9rem; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; border-radius:4px; font-size:.85rem; line-height:1.45; } code { font-family:ui-monospace, monospace; } :not(pre)>code { background:var(--code); padding:.08em .3em; border-radius:3px; font-size:.88em; }
+pre.output { background:none; white-space:pre; border-left:3px solid var(--line); border-radius:0; margin-top:-.6rem; } img { max-width:100%; } figure { margin:1rem 0; } figcaption { color:var(--dim); font-size:.85rem; }
 table { border-collapse:collapse; font-size:.9rem; display:block; overflow:auto; } th,td { border-bottom:1px solid var(--line); padding:.25rem .7rem; text-align:left; vertical-align:top; }
 blockquote { margin-left:0; padding-left:1rem; border-left:3px solid var(--line); color:var(--dim); } [class*=callout] { border-left:4px solid var(--link); background:var(--code); padding:.2rem 1rem; margin:1rem 0; }
 .turn { display:flex; justify-content:space-between; border-top:1px solid var(--line); margin-top:3rem; padding-top:.8rem; }
