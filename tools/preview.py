@@ -41,7 +41,7 @@ blockquote { margin-left:0; padding-left:1rem; border-left:3px solid var(--line)
 """
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$pagetitle$</title><link rel="stylesheet" href="$root$preview.css"></head><body>
+<title>$pagetitle$</title><link rel="stylesheet" href="$root$preview.css"><link rel="stylesheet" href="$root$styles.css"></head><body>
 <div class="label"><span><strong>pandoc preview</strong>: made without Quarto, no widgets. <code>make docs</code> with Quarto installed builds the full site.</span>
 <search><input id="q" type="search" placeholder="Search" aria-label="Search titles and headings"><div id="found"></div></search></div>
 <div class="page"><nav class="side">$side$</nav>
