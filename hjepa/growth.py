@@ -88,7 +88,7 @@ def flops_growth(recipes:dict) -> dict: # tokens -> recipe
 
 # %% ../nbs/88_growth.ipynb #88a00018
 def serve_loop():
-    "A process of a group: a recipe in the arguments, then numbers of steps on the first one's input; seconds come back."
+    "A process of a group: a recipe in the arguments, then numbers of steps on the first one's input; seconds and the size of the group come back."
     spec = json.loads(sys.argv[1]); torch.set_num_threads(spec['threads'])
     loop, n = Loop(from_yaml(spec['recipe']), spec['device'], spec['precision'], spec['compile']), [None]
     main = loop.trainer.main
@@ -96,7 +96,7 @@ def serve_loop():
         if main: n = [int(sys.stdin.readline() or 0)]
         broadcast_object_list(n)
         t = timed(loop, n[0], loop.trainer.device)
-        if main: print(json.dumps(t), flush=True)
+        if main: print(json.dumps((t, loop.trainer.acc.num_processes)), flush=True)
 
 class Group:
     "Processes that train together when told to."
@@ -106,7 +106,10 @@ class Group:
         self.proc = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), '-m', 'hjepa.growth', spec],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=child_env())
     def __call__(self, steps:int) -> float: # seconds
-        try: print(steps, file=self.proc.stdin, flush=True); return json.loads(self.proc.stdout.readline())
+        try:
+            print(steps, file=self.proc.stdin, flush=True)
+            seconds, self.size = json.loads(self.proc.stdout.readline())       # as many as say so themselves
+            return seconds
         except (BrokenPipeError, json.JSONDecodeError):
             self.proc.wait(); self.log.seek(0)
             last = [l for l in self.log.read().splitlines() if 'Error' in l] or ['no word']
@@ -127,7 +130,7 @@ def processes(r:Recipe, device, precision, compile, images:int, rounds:int, bar)
             for v, g in zip(rates, groups): v.append(steps * r.train.batch / g(steps)); bar.update()
     finally:
         for g in groups: g.close()
-    rows = [dict(x=n, threads=t, batch=r.train.batch) for n, t in todo]
+    rows = [dict(x=g.size, threads=t, batch=r.train.batch) for g, (_, t) in zip(groups, todo)]
     if len(rows) == 1: return dict(rows=[rows[0] | dict(images_per_second=statistics.median(rates[0]), rounds=rates[0])])
     out = grown_from(rows[:2], rates[:2])
     if len(rows) == 3: out |= dict(threads=rows[2] | dict(images_per_second=statistics.median(rates[2]), rounds=rates[2]))
