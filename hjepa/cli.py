@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['overrides', 'number', 'say_json', 'can_write', 'sets_of', 'for_training', 'train', 'judge', 'evaluate',
            'evaluate_foreign', 'compare_cards', 'data', 'show_recipes', 'described', 'bench', 'time_memory',
-           'time_data', 'time_eval', 'run_sweep', 'add_sweep', 'parser', 'add_bench', 'main']
+           'time_data', 'time_eval', 'time_growth', 'time_attention', 'time_latency', 'run_sweep', 'add_sweep',
+           'parser', 'add_growth', 'add_bench', 'main']
 
 # %% ../nbs/91_cli.ipynb #55ff3421
 import argparse, json, os, re, sys, tempfile, time, warnings
@@ -27,6 +28,7 @@ from .evaluate.card import compare, html
 from .evaluate.suite import SUITES, evaluate as run_suite, side_by_side
 from .train import fit, read_rows
 from .sweep import read_sweep, sweep, sweep_table
+from .growth import AXES, attention_table, bench_attention, bench_growth, bench_latency, growth_table, latency_table
 from .bench import bench_data, bench_eval, bench_memory, eval_table, bench_recipe, bench_step, data_table, memory_table
 
 # %% ../nbs/91_cli.ipynb #56fd5e5d
@@ -198,6 +200,21 @@ def time_eval(args):
     out = bench_eval(**{k: getattr(args, k) for k in 'encoder image batch n knn linear rounds device threads'.split()})
     print(eval_table(out)); say_json(args, out)
 
+def time_growth(args):
+    "Time the training loop at several sizes."
+    out = bench_growth(described(args), **{k: getattr(args, k) for k in 'axes device images rounds precision compile'.split()})
+    print(growth_table(out)); say_json(args, out)
+
+def time_attention(args):
+    "Time fused attention against the formula."
+    out = bench_attention(**{k: getattr(args, k) for k in 'tokens heads total rounds device precision'.split()})
+    print(attention_table(out)); say_json(args, out)
+
+def time_latency(args):
+    "Time one image."
+    out = bench_latency(**{k: getattr(args, k) for k in 'encoders image calls device precision'.split()})
+    print(latency_table(out)); say_json(args, out)
+
 # %% ../nbs/91_cli.ipynb #91a00010
 def run_sweep(args):
     "Arms × seeds, from a file."
@@ -255,10 +272,24 @@ def parser() -> argparse.ArgumentParser:
     q = add(show_recipes, 'recipes', 'list the recipes or print one', 'hjepa recipes cifar10-cpu'); q.add_argument('name', nargs='?'); q.add_argument('change', **more)
     return p
 
+# %% ../nbs/91_cli.ipynb #91b00002
+def add_growth(kind, of_step, precision, encoders):
+    "`bench growth`, `bench attention` and `bench latency`."
+    ints = lambda q, **kw: [q.add_argument(f'--{k}', type=int, default=v, help=f'{h}, default: {v}') for k, (v, h) in kw.items()]
+    q = of_step(time_growth, 'growth', 'images a second of the training loop against batch, tokens, levels, views and processes', 'hjepa bench growth --encoder vit_tiny --axes batch levels --json out.json')
+    q.add_argument('--axes', nargs='+', default=list(AXES), choices=AXES, help='what grows (default: all)'); q.add_argument('--compile', action='store_true')
+    ints(q, images=(32, 'images of a turn'), rounds=(5, 'turns of each size'))
+    q = kind(time_attention, 'attention', 'the fused kernel against attention by its formula, by number of tokens', 'hjepa bench attention --json out.json')
+    q.add_argument('--tokens', type=int, nargs='+', default=[2**k for k in range(6, 13)], help='lengths, default: 64 to 4096'); precision(q)
+    ints(q, heads=(3, 'of 64 channels'), total=(4096, 'tokens in all'), rounds=(7, 'turns of each side'))
+    q = kind(time_latency, 'latency', "from one image's bytes to the features of all levels, beside timm's forward pass", 'hjepa bench latency --encoders vit_tiny --json out.json')
+    q.add_argument('--encoders', nargs='+', default=encoders, choices=encoders, help='default: all'); precision(q)
+    ints(q, image=(224, 'pixels'), calls=(50, 'of each side'))
+
 # %% ../nbs/91_cli.ipynb #d0566a10
 def add_bench(add):
-    "`bench step`, `bench memory`, `bench data` and `bench eval`."
-    both = add(bench, 'bench', 'time the training step, alone or beside a peer; what checkpointing saves; the data beside torchvision alone; or the evaluation beside timm and scikit-learn',
+    "`bench step`, `bench memory`, `bench data`, `bench eval`, and those of `add_growth`."
+    both = add(bench, 'bench', 'time the training step, alone or beside a peer; what checkpointing saves; how the step grows; attention; one image; the data beside torchvision alone; or the evaluation beside timm and scikit-learn',
                'hjepa bench step --encoder vit_tiny --image 224 --patch 16 --batch 16 --predictor 192x6 --peer ijepa=../ijepa --json out.json').add_subparsers(dest='what', required=True)
     def kind(f, name, help, example):
         q = both.add_parser(name, help=help, description=help, epilog=f'example: {example}', formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -289,6 +320,7 @@ def add_bench(add):
     q.add_argument('--encoder', default='vit_tiny', choices=encoders, help='default: vit_tiny')
     for k, (v, h) in dict(image=(224, 'pixels'), batch=(32, 'images at once'), n=(128, 'images a round'), rounds=(5, 'turns'), threads=(None, 'of every side (default: as they are)')).items(): q.add_argument(f'--{k}', type=int, default=v, help=h if v is None else f'{h}, default: {v}')
     for k, v in dict(knn=(50000, 10000, 384), linear=(10000, 5000, 384)).items(): q.add_argument(f'--{k}', type=int, nargs=3, default=v, metavar=('N', 'M', 'F'), help=f'training images, test images, width; default: {" ".join(map(str, v))}')
+    add_growth(kind, of_step, precision, encoders)
 
 # %% ../nbs/91_cli.ipynb #0f867cc8
 def main(argv=None) -> int: # exit status
