@@ -9,8 +9,10 @@ __all__ = ['show', 'slider', 'Explorer', 'try_out']
 import io
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import Image as Picture, display
 from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # %% ../nbs/05_explore.ipynb #05a70005
 def show(
@@ -47,7 +49,8 @@ class Explorer:
         self.settling = True
         try: self.settle()
         finally: self.settling = False
-        fig, out = self.figure(), io.BytesIO(); fig.savefig(out, format='png', dpi=2*self.dpi)
+        fig, out = self.figure(), io.BytesIO(); fig.set_dpi(2*self.dpi); canvas = FigureCanvasAgg(fig); canvas.draw() # savefig would lay it out twice
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').save(out, 'PNG', compress_level=3)
         self.view.width, self.view.height = (str(round(self.dpi*s)) for s in fig.get_size_inches())
         self.view.value, self.drawn = out.getvalue(), self.drawn + 1
     def _ipython_display_(self): display(self.box)
