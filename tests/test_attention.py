@@ -7,6 +7,7 @@ from tiny import ROOT, images, tiny
 from hjepa.analyze import attention as A
 from hjepa.config import HJEPAError
 from hjepa.data.truth import truth
+from hjepa.explore import try_out
 from hjepa.foreign import foreign
 from hjepa.model import build
 from hjepa.parts.attention import Attention
@@ -100,10 +101,12 @@ def test_interval():
 
 def test_explorer():
     m, x = build(tiny()).eval(), images(3)
-    e = A.Explorer(m, build(tiny(seed=1)).eval(), x); seen = {bytes(e.view.value)}
-    for act in (lambda: e.buttons[0].click(), lambda: e.click(9), lambda: setattr(e.image, 'value', 2), lambda: setattr(e.head, 'value', 1), lambda: setattr(e.level, 'value', 1), lambda: setattr(e.block, 'value', 'rollout')):
-        act(); assert bytes(e.view.value) not in seen; seen.add(bytes(e.view.value))
-    assert len(e.buttons) == 64
+    e = A.AttentionExplorer(m, build(tiny(seed=1)).eval(), x); assert len(e.buttons) == 64
+    try_out(e, e.buttons[0].click, lambda: e.click(9), (e.image, 2), (e.head, 1), (e.block, 'rollout'))
+    assert e.head.disabled; e.block.value = 0; assert not e.head.disabled
+    with torch.no_grad():                                              # what was computed beforehand is what the image alone gives
+        for z, i in ((A.similarity(m, x[2:], (9//8/8 + .06, 9%8/8 + .06), e.means['trained']), 2), ):
+            for a, b in zip(z, A.similarity(m, x[2:], (9//8/8 + .06, 9%8/8 + .06), e.means['trained'], [t[i:i+1] for t in e.tokens['trained']])): close(a, b)
 
 def test_bad_input():
     m, x = build(tiny()).eval(), images(2)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['kernel_weights', 'Taps', 'patch_grid', 'attention', 'rollout', 'received', 'attentive_head', 'head_map', 'cells_at',
            'mean_tokens', 'similarity', 'deletion', 'area', 'pointing', 'others', 'interval', 'controls', 'occlusion',
-           'network_maps', 'forest', 'plot_games', 'picture', 'heat', 'outlined', 'plot_maps', 'plot_heads', 'Explorer']
+           'network_maps', 'forest', 'plot_games', 'picture', 'heat', 'outlined', 'plot_maps', 'plot_heads',
+           'AttentionExplorer']
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70002
 import io
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from ..config import HJEPAError
+from ..explore import Explorer, slider
 from ..style import style, hide_axes, arm_colors
 from ..evaluate.features import cells
 from ..evaluate.probes import AttentiveHead, train_probe
@@ -125,9 +127,10 @@ def similarity(
     model, images:Tensor, # uint8 (B,3,H,W)
     at,                   # (y, x) in [0,1), or (B,2) of them: the point clicked
     mean=None,            # of mean_tokens(); None: of these images
+    levels=None,          # of these images, where they are known already
 ) -> list: # a (B,h_l,w_l) a level, cosines
     "How like every cell is to the cell that was clicked."
-    levels = [z.cpu() for z in model.levels(images)]
+    levels = [z.cpu() for z in (model.levels(images) if levels is None else levels)]
     at = torch.as_tensor(at, dtype=torch.float32).expand(len(images), 2)
     mean = mean or [z.mean((0, 1)) for z in levels]
     zs = [F.normalize(z - m, dim=-1) for z, m in zip(levels, mean)]
@@ -283,8 +286,8 @@ def plot_heads(
     return fig
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70031
-class Explorer:
-    "Choose an image, click a patch; see what it attends to and what is like it, in a model and its twin."
+class AttentionExplorer(Explorer):
+    "Choose an image, click a patch; see what it attends to and what is like it at every level, in a model and its twin."
     def __init__(self,
         model, twin,    # offer levels() and grids; the trained network, and the same untrained
         images:Tensor,  # uint8 (N,3,H,W), a few
@@ -294,55 +297,44 @@ class Explorer:
         self.images, self.grid, self.models = images, patch_grid(model), dict(zip(names, (model, twin)))
         self.weights = {k: attention(m, images) for k, m in self.models.items()}
         self.means = dict(zip(self.models, mean or [mean_tokens(m, images) for m in self.models.values()]))
-        blocks = self.weights[names[0]]
-        self.query, self.levels = int(np.prod(self.grid)) // 2 + self.grid[1] // 2, [g for g in model.grids if tuple(g) != (1, 1)]
-        self.image = widgets.IntSlider(0, 0, len(images) - 1, description='image')
+        with torch.no_grad(): self.tokens = {k: m.levels(images) for k, m in self.models.items()}
+        blocks, self.query = self.weights[names[0]], int(np.prod(self.grid)) // 2 + self.grid[1] // 2
+        self.image = slider('image', len(images))
         self.block = widgets.Dropdown(options=[*((f'block {i+1}', i) for i in range(len(blocks))), ('rollout', 'rollout')], value=len(blocks) - 1, description='attention')
         self.head = widgets.Dropdown(options=[('mean', None), *((str(j + 1), j) for j in range(blocks[0].shape[1]))], description='head')
-        self.level = widgets.IntSlider(0, 0, len(self.levels) - 1, description='level')
-        self.view = widgets.Image(format='png')
-        self._board()
-        for w in (self.image, self.block, self.head, self.level): w.observe(self._changed, 'value')
-        self._changed()
+        super().__init__(self.image, self.board(), self.block, self.head)
+    def settle(self): # rollout is over all heads; the board shows the image and the patch
+        self.head.disabled = self.block.value == 'rollout'
+        out = io.BytesIO(); Image.fromarray((picture(self.images[self.image.value]))).resize((256, 256), Image.NEAREST).save(out, 'PNG'); self.photo.value = out.getvalue()
+        for i, b in enumerate(self.buttons): b.layout.border = '3px solid #fde047' if i == self.query else '1px solid rgba(255, 255, 255, .3)'
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70032
 @patch
-def _board(self:Explorer): # a button a patch
-    h, w = self.grid; side = f'{max(16, 160 // max(h, w))}px'
-    self.buttons = [widgets.Button(layout=widgets.Layout(width=side, height=side, margin='0', padding='0'), tooltip=f'row {i//w + 1}, column {i%w + 1}') for i in range(h*w)]
+def board(self:AttentionExplorer) -> widgets.GridBox: # the image, with a button over each patch
+    h, w = self.grid; of = lambda **kw: widgets.Layout(width='auto', height='auto', min_width='0', margin='0', padding='0', **kw); self.photo = widgets.Image(layout=of(grid_area='1 / 1 / -1 / -1'))
+    self.buttons = [widgets.Button(layout=of(grid_area=f'{i//w + 1} / {i%w + 1}'), style=dict(button_color='transparent'), tooltip=f'row {i//w + 1}, column {i%w + 1}') for i in range(h*w)]
     for i, b in enumerate(self.buttons): b.on_click(lambda _, i=i: self.click(i))
-    board = widgets.GridBox(self.buttons, layout=widgets.Layout(grid_template_columns=f'repeat({w}, {side})', grid_gap='1px'))
-    self.box = widgets.HBox([widgets.VBox([self.image, board, self.block, self.head, self.level]), self.view])
+    return widgets.GridBox([self.photo, *self.buttons], layout=widgets.Layout(width='260px', height=f'{260*h//w}px', margin='6px auto', grid_gap='0', grid_template_columns=f'repeat({w}, 1fr)', grid_template_rows=f'repeat({h}, 1fr)'))
 
 @patch
-def click(self:Explorer, number:int): # of a patch, row by row
-    "What a click on the board does."
-    self.query = number; self._changed()
-
-@patch
-def _changed(self:Explorer, change=None):
-    colour = F.adaptive_avg_pool2d(self.images[self.image.value].float(), self.grid).flatten(1).T.round().int().tolist()
-    for i, (b, c) in enumerate(zip(self.buttons, colour)):
-        b.style.button_color, b.description = '#' + ''.join(f'{v:02x}' for v in c), '×' if i == self.query else ''
-    out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=72); self.view.value = out.getvalue()
-
-@patch
-def _ipython_display_(self:Explorer):
-    display(self.box)
+def click(self:AttentionExplorer, number:int): # of a patch, row by row
+    "What a click on the image does."
+    self.query = number; self.changed()
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70033
 @patch
-def figure(self:Explorer) -> Figure:
-    "The picture for what is chosen now."
-    i, l, b, (h, w) = self.image.value, self.level.value, self.block.value, self.grid
-    x, (r, c) = self.images[i:i+1], divmod(self.query, w)
+def figure(self:AttentionExplorer) -> Figure:
+    "The picture for what is chosen now: a row a network."
+    i, b, (h, w) = self.image.value, self.block.value, self.grid
+    x, (r, c) = self.images[i:i+1], divmod(self.query, w); grids = [(l, g) for l, g in enumerate(next(iter(self.models.values())).grids) if tuple(g) != (1, 1)]
     with style():
-        fig = Figure(figsize=(6, 4), layout='constrained')
-        for line, (name, m) in zip(fig.subplots(2, 3), self.models.items()):
-            line[0].imshow(picture(x[0]), extent=(0, w, h, 0)); line[0].add_patch(_frame(r, c, 'w')); hide_axes(line[0]); line[0].set_ylabel(name)
+        fig = Figure(figsize=(1.9*(2 + len(grids)) + .3, 4.2), layout='constrained'); axes = fig.subplots(2, 2 + len(grids))
+        for line, (name, m) in zip(axes, self.models.items()):
+            line[0].imshow(picture(x[0]), extent=(0, w, h, 0)); line[0].add_patch(_frame(r, c, '#fde047')); hide_axes(line[0]); line[0].set_ylabel(name)
             ws = [a[i:i+1] for a in self.weights[name]]
             a = rollout(ws) if b == 'rollout' else ws[b].mean(1) if self.head.value is None else ws[b][:, self.head.value]
             heat(line[1], received(a, self.grid, self.query)[0].cpu(), x[0])
-            heat(line[2], similarity(m, x, ((r + .5)/h, (c + .5)/w), self.means[name])[l][0], x[0], -1, 1)
-        fig.axes[1].set_title('what it attends to'); fig.axes[2].set_title(f'cosine, level {l} ({self.levels[l][0]}×{self.levels[l][1]})')
+            alike = similarity(m, x, ((r + .5)/h, (c + .5)/w), self.means[name], [z[i:i+1] for z in self.tokens[name]])
+            for ax, (l, g) in zip(line[2:], grids): heat(ax, alike[l][0], x[0], -1, 1)
+        for ax, t in zip(axes[0], ('the patch', 'it attends to', *(f'like it, level {l} ({g[0]}×{g[1]})' for l, g in grids))): ax.set_title(t, fontsize=9)
     return fig

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -29,6 +28,7 @@ from ..config import HJEPAError
 from ..data.views import normalise
 from ..evaluate.features import batches, pixels
 from ..evaluate.probes import LinearHead, bootstrap, stratified_subset
+from ..explore import Explorer
 from ..foreign import from_timm
 from ..style import arm_colors, hide_axes, level_colors, style
 from .attention import interval
@@ -290,21 +290,14 @@ def plot_pictures(shown:dict, classes): # 'shown' of bench/depth.py -> a figure
     return fig
 
 # %% ../../nbs/analyze/74_depth.ipynb #74a70032
-class ExitExplorer:
+class ExitExplorer(Explorer):
     "A slider for the confidence to ask for."
-    def __init__(self, model:dict, classes, width:int=640): # an entry of 'models' of bench/depth.py with 'sweep' and 'shown'; names; pixels
+    def __init__(self, model:dict, classes): # an entry of 'models' of bench/depth.py with 'sweep' and 'shown'; names
         self.sweep, self.classes, p = model['sweep'], classes, model['shown']['picked']
         self.images, self.truth, self.answer, self.conf = thumbs(p['sheet']), *(np.array(p[k]) for k in ('truth', 'answer', 'conf'))
         self.full = model['arms']['hjepa']['cost'][-1]
-        self.tau = widgets.SelectionSlider(options=[(f"{s['tau']:.2f}", i) for i, s in enumerate(self.sweep)], value=len(self.sweep) // 3, description='sure from', continuous_update=False)
-        self.view = widgets.Image(format='png', width=width); self.box = widgets.VBox([self.tau, self.view])
-        self.tau.observe(self._draw, 'value'); self._draw()
-
-@patch
-def _draw(self:ExitExplorer, change=None): out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=90); self.view.value = out.getvalue()
-
-@patch
-def _ipython_display_(self:ExitExplorer): display(self.box)
+        self.tau = widgets.SelectionSlider(options=[(f"{s['tau']:.2f}", i) for i, s in enumerate(self.sweep)], value=len(self.sweep) // 3, description='sure from')
+        super().__init__(self.tau, above=True, dpi=90)
 
 @patch
 def figure(self:ExitExplorer) -> Figure:

@@ -12,10 +12,8 @@ import base64, io
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -23,6 +21,7 @@ from torch import Tensor
 from ..config import HJEPAError
 from ..data.views import normalise
 from ..evaluate.features import batches
+from ..explore import Explorer, slider
 from ..losses.prediction import distance
 from ..parts.masking import Masks
 from ..parts.patch import gather
@@ -233,27 +232,20 @@ def plot_errors(images, levels:list, players=('predictor', 'place', 'seen')): # 
     return fig
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a7002a
-class Expectations:
+class Expectations(Explorer):
     "Choose image, mask, level and cell; see the real cells nearest to each answer."
-    def __init__(self, model, images:Tensor, b:Bank, masks:int=20, k:int=3, width:int=760): # HJEPA; uint8 (N,3,H,W), not in the bank; masks to choose from; neighbours; pixels
+    def __init__(self, model, images:Tensor, b:Bank, masks:int=20, k:int=3): # HJEPA; uint8 (N,3,H,W), not in the bank; masks to choose from; neighbours
         check(model); self.model, self.images, self.b, self.k = model, images, b, k; g = torch.Generator().manual_seed(0)
-        self.masks = [model.draw_masks(1, g) for _ in range(masks)]; slide = lambda name, n: widgets.IntSlider(0, 0, max(0, n - 1), description=name)
-        self.image, self.mask, self.level, self.cell = slide('image', len(images)), slide('mask', masks), slide('level', len(b.cells)), slide('cell', self.masks[0].targets[0].shape[1])
-        self.view = widgets.Image(format='png', width=width); self.box = widgets.VBox([widgets.HBox([self.image, self.mask]), widgets.HBox([self.level, self.cell]), self.view])
-        for w in (self.image, self.mask, self.level, self.cell): w.observe(self._draw, 'value')
-        self._draw()
-
-@patch
-def _draw(self:Expectations, change=None): out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=100); self.view.value = out.getvalue()
-
-@patch
-def _ipython_display_(self:Expectations): display(self.box)
+        self.masks = [model.draw_masks(1, g) for _ in range(masks)]
+        self.image, self.mask, self.level, self.cell = slider('image', len(images)), slider('mask', masks), slider('level', len(b.cells)), slider('cell', self.masks[0].targets[0].shape[1])
+        super().__init__(self.image, self.mask, self.level, self.cell, above=True, dpi=100)
+    def settle(self): self.cell.max = self.masks[self.mask.value].targets[self.level.value].shape[1] - 1
 
 @patch
 def figure(self:Expectations) -> Figure:
     "The picture for what is chosen now."
-    i, m, l, whom = self.image.value, self.masks[self.mask.value], self.level.value, ('predictor', 'seen', 'truth'); j = min(self.cell.value, m.targets[l].shape[1] - 1)
-    rows = expect(self.model, self.images[i:i+1], m, self.b, l, j, self.k); pics = lambda t: t.permute(0, 2, 3, 1).numpy()
+    i, m, l, whom = self.image.value, self.masks[self.mask.value], self.level.value, ('predictor', 'seen', 'truth')
+    rows = expect(self.model, self.images[i:i+1], m, self.b, l, self.cell.value, self.k); pics = lambda t: t.permute(0, 2, 3, 1).numpy()
     with style():
         fig = Figure(figsize=(7.6, 1.15), layout='constrained')
         draw_expected(fig.subplots(1, 2 + self.k*len(whom), squeeze=False), rows, pics(self.images[i:i+1]), pics(self.b.images), self.model.grids, whom, self.k)
