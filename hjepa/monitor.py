@@ -135,7 +135,7 @@ class Dashboard:
         self.button = W.Button(description='Stop and save', icon='stop', tooltip='as Ctrl-C, or interrupting the kernel: the same call goes on from there')
         self.says, self.view, self.png, self.last = W.HTML(), W.Image(format='png', layout=W.Layout(max_width='100%')), None, None
         self.button.on_click(lambda _: self.press(stop))
-        self.start, self.spent, self.drawn, self.share = time.perf_counter(), 0., -9., share
+        self.drawn, self.cost, self.share = None, 0., share
         self.handle = display(W.VBox([W.HBox([self.button] * hears_clicks() + [self.says]), self.view]), display_id=True)
     def press(self, stop): self.button.disabled, self.button.description = True, 'stopping …'; stop('button')
     def __enter__(self): return self
@@ -148,21 +148,22 @@ class Dashboard:
 @patch
 def show(self:Dashboard, tr, x): # a Trainer at work; the images of its step
     "Draw, if it is time to."
-    now = time.perf_counter()
-    if now - self.drawn < 1 or self.spent > self.share * (now - self.start) + .5: return
+    now, self.words = time.perf_counter(), tr.monitor.words(tr.model) if tr.monitor else ['not monitored (train.monitor is 0)']
+    self.says.value = '<br>'.join(w if w == 'healthy' else f'<span style="color:var(--jp-error-color1)">{w}</span>' if len(tr.monitor.rows if tr.monitor else ()) > 1 else w for w in self.words)
+    if self.drawn and now - self.drawn < max(1, self.cost / self.share): return
     d, (views, masks, *_) = tr.r.data, next(tr.pieces(x, tr.step, [torch.zeros(1, dtype=torch.long)]))
     image = views[0, 0].cpu() * torch.tensor(d.std)[:, None, None] + torch.tensor(d.mean)[:, None, None]
-    self.draw(tr, (tr.model.pyramid, masks, image, tr.model.levels_predicted)); self.drawn = time.perf_counter(); self.spent += self.drawn - now
+    self.draw(tr, (tr.model.pyramid, masks, image, tr.model.levels_predicted)); then = time.perf_counter()
+    self.drawn, self.cost = then, then - now if self.drawn else 0.                # the first loads fonts
 
 @patch
 def draw(self:Dashboard, tr, question):
     "The picture of now."
     self.last, row, out = (tr, question), tr.rows[-1], io.BytesIO()
-    words = tr.monitor.words(tr.model) if tr.monitor else ['not monitored (train.monitor is 0)']
     left, rate = int((tr.steps - 1 - row['step']) * tr.r.train.batch / max(row['images_per_second'], 1e-9)), row['images_per_second']
     title = f"{tr.r.name}: step {row['step'] + 1:,} of {tr.steps:,} · {rate:,.0f} images/s · {left // 60}:{left % 60:02} left"
-    draw_run(tr.rows, tr.monitor.rows if tr.monitor else [], words, tr.steps, question, title).savefig(out, format='png')
-    self.png = self.view.value = out.getvalue(); self.says.value = '<br>'.join(words)
+    draw_run(tr.rows, tr.monitor.rows if tr.monitor else [], self.words, tr.steps, question, title).savefig(out, format='png')
+    self.png = self.view.value = out.getvalue()
 
 def dashboard(stop, live, say=print): # as above; True, False, or None: in a notebook yes
     "A dashboard to be entered. Where there can be none it yields None, and if it was asked for, says why."

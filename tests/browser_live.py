@@ -9,7 +9,7 @@ from browser import CELLS, browser, lab, pixels, shot
 CELLS_OF_IT = ["""from hjepa.data.scenes import scenes
 from hjepa.train import fit
 x = scenes(512, seed=0)[0]
-quick = dict(data=x, out='live', live=True, batch=64, steps=20000, monitor=200, log=4, precision='fp32', device='cpu') | {
+quick = dict(data=x, out='live', live=True, batch=64, steps=20000, monitor=500, log=4, precision='fp32', device='cpu') | {
     'encoder.dim': 32, 'encoder.heads': 2, 'predictor.dim': 32, 'predictor.heads': 2, 'whole.hidden': 64}""",
 "run = fit('cifar10-cpu', **quick)", "a = run.facts['steps']; print(run.finished, a)",
 "run = fit('cifar10-cpu', **quick)", "b = run.facts['steps']; print(run.finished, run.resumed_at == a, b > a)",
@@ -25,7 +25,7 @@ def write_notebook(url:str, cells:list):
 
 def said(page, i): return ''.join(o.get('text', '') if isinstance(o.get('text', ''), str) else ''.join(o['text']) for o in page.evaluate(CELLS)[i]['outputs'])
 
-def until(page, true, what, seconds=90):
+def until(page, true, what, seconds=150):
     for _ in range(4 * seconds):
         if true(): return
         page.wait_for_timeout(250)
@@ -39,17 +39,19 @@ def test_the_dashboard_is_live_and_its_button_stops(browser, lab, theme):
     page.wait_for_function('() => window.jupyterapp?.shell?.currentWidget?.context?.isReady', timeout=90_000)
     page.evaluate(f"async () => {{ const app = window.jupyterapp; await app.shell.currentWidget.sessionContext.ready; await app.commands.execute('apputils:change-theme', {{theme: '{theme}'}}); app.commands.execute('notebook:run-all-cells') }}")
     cell = page.locator('.jp-Notebook .jp-CodeCell'); picture = cell.nth(1).locator('img.widget-image'); picture.wait_for(timeout=90_000)
-    picture.scroll_into_view_if_needed(); before = pixels(picture); gaps = page.evaluate("""() => { window.gaps = 0; const out = document.querySelectorAll('.jp-CodeCell')[1];
+    picture.scroll_into_view_if_needed(); page.wait_for_function('i => i.naturalWidth > 0', arg=picture.element_handle()); before = pixels(picture)
+    page.evaluate("""() => { window.gaps = 0; const out = document.querySelectorAll('.jp-CodeCell')[1];
       new MutationObserver(() => { if (!out.querySelector('img.widget-image')) window.gaps++ }).observe(out, {childList: true, subtree: true}) }""")
-    until(page, lambda: (after := pixels(picture)).shape == before.shape and (after != before).any(2).mean() > .002, 'the picture changes')
-    until(page, lambda: 'healthy' in cell.nth(1).locator('.widget-html').inner_text() or 'collaps' in cell.nth(1).locator('.widget-html').inner_text(), 'the monitor speaks')
+    until(page, lambda: (after := pixels(picture)).shape != before.shape or (after != before).any(2).mean() > .002, 'the picture changes')
+    says = cell.nth(1).locator('.widget-hbox:has(button) .widget-html')
+    until(page, lambda: any(w in says.inner_text() for w in ('healthy', 'collaps', 'below')), 'the monitor speaks')
     assert page.evaluate('window.gaps') == 0, 'the picture was taken away while it was changed: it flickers'
     shot(page, f'live-{name}')
     cell.nth(1).locator('button.widget-button').click()
-    until(page, lambda: said(page, 2).startswith('False'), 'the button ends the run, and the next cell runs', 20)
+    until(page, lambda: said(page, 2).startswith('False'), 'the button ends the run, and the next cell runs', 60)
     assert cell.nth(1).locator('button.widget-button').count() == 0 and any('image/png' in o.get('data', {}) for o in page.evaluate(CELLS)[1]['outputs'])  # the picture stays, the button goes
     cell.nth(3).locator('img.widget-image').wait_for(timeout=30_000); cell.nth(3).scroll_into_view_if_needed(); shot(page, f'live-{name}-again')
     page.wait_for_timeout(500); page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")        # what has always ended a run
-    until(page, lambda: said(page, 5), 'an interrupt ends the run', 20)
+    until(page, lambda: said(page, 5), 'an interrupt ends the run', 60)
     assert said(page, 4).split() == ['False', 'True', 'True'] and said(page, 5).split() == ['True']
     shot(page, f'live-{name}-end'); page.close()
