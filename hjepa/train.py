@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FREE', 'as_images', 'check_item', 'native_bf16', 'accelerator', 'same_recipe', 'run_folder', 'Run', 'write_rows',
-           'read_rows', 'Trainer', 'step_draws', 'Crops', 'in_notebook', 'stop_signals', 'board', 'fit', 'finish',
-           'past', 'device_name']
+           'read_rows', 'Trainer', 'step_draws', 'Crops', 'stop_signals', 'board', 'fit', 'finish', 'past',
+           'device_name']
 
 # %% ../nbs/61_train.ipynb #cba202a7
-import csv, json, math, os, platform, signal, statistics, sys, threading, time
+import csv, json, math, os, platform, signal, statistics, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .data.loader import Loader, mixed_seed
 from .losses.prediction import all_mean
 from .optim import cosine, learning_rate, linear, optimizer, settled
 from .model import HJEPA, build, read_tensors, write_tensors
-from .monitor import Monitor
+from .monitor import Monitor, dashboard
 from .evaluate.card import plot_history, read_history
 from .style import style
 
@@ -123,7 +123,7 @@ class Trainer:
     "Everything a run needs, and the loop."
     def __init__(self, r:Recipe, model:HJEPA, images, labels, out:Path, live=None):
         t = r.train
-        self.r, self.out, self.live = r, out, in_notebook() if live is None else live
+        self.r, self.out, self.live, self.dash = r, out, live, None
         self.acc = accelerator(t.device); self.device, self.main = self.acc.device, self.acc.is_main_process
         bf16 = t.precision == 'bf16' or (t.precision == 'auto' and native_bf16(self.device))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -176,12 +176,12 @@ def views(self:Trainer, x, draw, rows): # yields (V,b,3,S,S), and (n,b,3,s,s) of
         yield make_views(x[rows.to(x.device)], part, size, d.mean, d.std) if isinstance(x, Tensor) else recolour(x[k][:, rows.to(x[k].device)], part, d.mean, d.std)
 
 @patch
-def pieces(self:Trainer, images, step:int): # yields (views, masks, local views, frames, labels) of each piece of this process's share; the last three may be None
+def pieces(self:Trainer, images, step:int, parts=None): # rows of each piece; None = this process's share, cut up. Yields views, masks, local views, frames, labels; the last three may be None
     "Draw views and masks for the whole batch from (seed, step); make this process's."
     r, world, rank = self.r, self.acc.num_processes, self.acc.process_index
     B, V, (draw, g) = r.train.batch, r.views.count, step_draws(r, step)
     b, masks = B // world, self.model.draw_masks(V*B, g, progress=step / self.steps)
-    for rows in torch.arange(rank*b, (rank+1)*b).chunk(r.train.accumulate):
+    for rows in parts or torch.arange(rank*b, (rank+1)*b).chunk(r.train.accumulate):
         views, *local = self.views(images, draw[rows], rows - rank*b)
         m = masks[(torch.arange(V)[:, None]*B + rows).flatten()]
         m.context, m.targets = m.context.to(self.device), [t.to(self.device) for t in m.targets]
@@ -297,24 +297,13 @@ def look(self:Trainer, bar):
     for sentence in said: bar.write(f'[step {self.step}] warning: {sentence}')
     self.last_look = {k: f'{v:.3f}' for k, v in self.monitor.rows[-1].items() if k in ('energy', 'erank', 'knn')}
 
-def in_notebook() -> bool:
-    "Whether this process is the kernel of a notebook, which can show a figure and change it."
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    return hasattr(shell, 'kernel')
-
 @patch
-def show(self:Trainer, bar, row):
-    "Progress bar, and the live figure of a notebook."
+def show(self:Trainer, bar, row, x):
+    "Progress bar, and the dashboard of a notebook."
     levels = ' '.join(f'{row[k]:.2f}' for k in row if k.startswith('level_'))
     mix = {k: f'{v:.0%}' for k, v in self.loader.shares().items()} if hasattr(self.loader.images, 'part_of') else {}
     bar.set_postfix(dict(**({'levels': levels} if levels else {}), **({'whole': f"{row['whole']:.3f}"} if 'whole' in row else {}), **getattr(self, 'last_look', {}), **mix, img_s=f"{row['images_per_second']:.0f}"))
-    if self.live and self.main and (time.time() - getattr(self, 'drawn', 0) > 2 or self.step == self.steps - 1):
-        from IPython.display import display
-        import matplotlib.pyplot as plt
-        with style(): fig = plot_history(read_history(self.rows))
-        if hasattr(self, 'handle'): self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
-        plt.close(fig); self.drawn = time.time()
+    if self.dash: self.dash.show(self, x)
 
 # %% ../nbs/61_train.ipynb #8a74bca5
 @patch
@@ -324,11 +313,11 @@ def run(self:Trainer) -> bool: # True when the run came to its end
     self.board = board(self.out) if t.tensorboard and self.main else None
     started = saved = time.perf_counter()
     bar = tqdm(total=self.steps, initial=self.step, desc=self.r.name, unit='step', disable=not self.main, mininterval=.5, dynamic_ncols=True)
-    with bar, stop_signals() as asked:
+    with bar, stop_signals() as asked, dashboard(asked.append, self.live if self.main else False, bar.write) as self.dash:
         if self.step == 0: self.look(bar)
         for x in self.loader.run(self.step, self.steps):
             losses = self.update(x, self.step)
-            if self.step % t.log == 0 or self.step == self.steps - 1: self.show(bar, self.log(losses, started))
+            if self.step % t.log == 0 or self.step == self.steps - 1: self.show(bar, self.log(losses, started), x)
             self.step += 1; bar.update()
             if self.step == self.steps or self.step % every == 0 and self.step + every <= self.steps: self.look(bar)
             stop, save = self.decide(bool(asked), time.perf_counter() - saved > t.save * 60)
@@ -378,7 +367,7 @@ def fit(
     data=None,        # images: a name (it goes into the recipe), an ImageSet, uint8 (N,3,H,W), or None = the recipe's by name
     out=None,         # run directory; None = the next free runs/NAME. An interrupted run in it goes on
     fresh:bool=False, # set an old run in that folder aside and start over
-    live:bool|None=None, # draw the curves while training; None = in a notebook yes, elsewhere no
+    live:bool|None=None, # draw a dashboard with a stop button; None = in a notebook yes, elsewhere no
     **overrides,      # recipe keys: minutes=.5, optim__lr=1e-3
 ) -> Run:
     "Train a hierarchical JEPA."

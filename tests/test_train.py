@@ -2,11 +2,13 @@
 import errno, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
-import hjepa.model as hm, hjepa.train as ht
+import hjepa.model as hm, hjepa.monitor as hmo, hjepa.train as ht
 from hjepa.config import HJEPAError
 from hjepa.data.sets import ImageSet
 from hjepa.model import HJEPA, build, load
+from hjepa.monitor import Dashboard
 from hjepa.train import Trainer, fit, read_rows
 from tiny import ENV, ROOT, images, losses, same, tiny, weights
 
@@ -60,6 +62,57 @@ def test_stop_saves_and_resume_restores_step_and_schedules(tmp_path, monkeypatch
     assert losses(cut) == losses(whole) and len({r['lr'] for r in losses(whole)}) > 20
     assert same(weights(cut.model), weights(whole.model))
     assert signal.getsignal(sig) is before                                       # handlers are put back
+
+# ---- the dashboard
+
+def watch(monkeypatch): # fit draws as in a notebook, at every logged step; the dashboards of its runs
+    made = []
+    class Often(Dashboard):
+        def __init__(self, stop): super().__init__(stop, share=1e9); made.append(self)
+        def show(self, tr, x): self.drawn = self.drawn and -1e9; super().show(tr, x)
+    monkeypatch.setattr(hmo, 'in_notebook', lambda: True); monkeypatch.setattr(hmo, 'hears_clicks', lambda: True); monkeypatch.setattr(hmo, 'Dashboard', Often)
+    return made
+
+def test_the_button_stops_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
+    kw, made = ALL | dict(train__monitor=3, train__steps=20), watch(monkeypatch)
+    monkeypatch.setattr(hmo, 'in_notebook', lambda: False); whole = go(tmp_path/'whole', **kw); assert not made
+    monkeypatch.setattr(hmo, 'in_notebook', lambda: True)
+    with monkeypatch.context() as m: after(m, 11, lambda tr, res: tr.dash.button.click() or tr.dash.button.click()); first = go(tmp_path/'cut', **kw)
+    assert not first.finished and first.facts['steps'] == 11 and made[0].button.disabled and 'stopped at step 11 of 20: saved' in capsys.readouterr().out
+    with monkeypatch.context() as m: interrupt(m, 11); other = go(tmp_path/'ctrl-c', **kw)
+    a, b = [hm.read_tensors(p/'state.safetensors') for p in (tmp_path/'cut', tmp_path/'ctrl-c')]; assert same(a[0], b[0])     # one mechanism: one state
+    cut = go(tmp_path/'cut', **kw); assert cut.finished and cut.resumed_at == 11 and len(made) == 3
+    assert same(weights(cut.model), weights(whole.model)) and losses(cut) == losses(whole) and cut.monitor == whole.monitor   # and looking at every step changed nothing
+    assert all(d.png[:4] == b'\x89PNG' for d in made) and 'healthy' in made[-1].says.value or 'collaps' in made[-1].says.value
+
+def test_the_dashboard_leaves_no_trace(tmp_path, monkeypatch):
+    import matplotlib as mpl, matplotlib.pyplot as plt
+    made, before = watch(monkeypatch), (dict(mpl.rcParams), plt.get_fignums(), torch.get_rng_state())
+    go(tmp_path/'a', train__monitor=2); assert made and (dict(mpl.rcParams), plt.get_fignums()) == before[:2]
+    for k, kw in enumerate((dict(prediction__weight=0.), dict(whole__kind='none'), dict(levels__cells=(1,), levels__depths=(1, 2), levels__weights=(1.,), masks__hidden=(16,)), dict(train__accumulate=2))):
+        assert go(tmp_path/str(k), **kw).finished and made[-1].png, kw                                                        # whatever the recipe asks
+
+def test_a_picture_waits_until_it_is_cheap(monkeypatch):
+    clock, drawn = [0.], []
+    monkeypatch.setattr(hmo.time, 'perf_counter', lambda: clock[0])
+    dash = Dashboard(print); tr = SimpleNamespace(monitor=None, step=0, model=build(tiny()).requires_grad_(False), r=tiny(), pieces=lambda *a: iter([(torch.zeros(1, 1, 3, 32, 32), None)]))
+    def draw(*a): drawn.append(clock[0]); clock[0] += .2
+    dash.draw = draw
+    while clock[0] < 100: dash.show(tr, None); clock[0] += .1
+    gaps = [b - a for a, b in zip(drawn, drawn[1:])]
+    assert drawn[0] == 0 and gaps[0] < 1.5 and all(10 <= g < 10.5 for g in gaps[1:])                                           # 2 % of the time
+
+def test_no_notebook_no_dashboard_and_it_says_so(tmp_path, monkeypatch, capsys):
+    assert fit(tiny(), data=X, out=tmp_path/'a', live=True).finished; assert 'live=True draws in a notebook, and this is none: progress is written instead' in capsys.readouterr().out
+    assert fit(tiny(), data=X, out=tmp_path/'b').finished; assert 'live' not in capsys.readouterr().out
+    monkeypatch.setattr(hmo, 'in_notebook', lambda: True); monkeypatch.setattr(hmo, 'find_spec', lambda n: None)
+    assert fit(tiny(), data=X, out=tmp_path/'c').finished; assert 'pip install ipywidgets' in capsys.readouterr().out
+    monkeypatch.undo(); made = watch(monkeypatch); assert fit(tiny(), data=X, out=tmp_path/'d', live=False).finished and not made
+
+def test_other_processes_draw_nothing(tmp_path, monkeypatch):
+    made = watch(monkeypatch)
+    monkeypatch.setattr(ht, 'accelerator', lambda d, f=ht.accelerator: SimpleNamespace(**{k: getattr(f(d), k) for k in ('device', 'num_processes', 'process_index', 'no_sync', 'backward', 'wait_for_everyone')}, is_main_process=False))
+    tr = Trainer(tiny(), build(tiny()), X, None, tmp_path, True); tr.steps = 2; assert tr.run() and not made and tr.dash is None
 
 def test_minutes_become_steps_once(tmp_path, monkeypatch):
     kw = dict(train__minutes=.0001)                            # never under 10 steps
