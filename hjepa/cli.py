@@ -180,7 +180,7 @@ def described(args):
 
 def bench(args):
     "Time a training step."
-    out = bench_step(described(args), device=args.device, peer=args.peer, decoder=args.decoder, precision=args.precision, compile=args.compile)
+    out = bench_step(described(args), device=args.device, peer=args.peer, decoder=args.decoder, steps=args.steps, rounds=args.rounds, precision=args.precision, compile=args.compile)
     print(json.dumps(out, indent=1)); say_json(args, out)
 
 def time_memory(args):
@@ -278,6 +278,7 @@ def add_bench(add):
     q = of_step(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
     q.add_argument('--match', action='store_true', default=None, help="the peer's own numbers of context and target tokens"); q.add_argument('--compile', action='store_true')
     q.add_argument('--peer', metavar='NAME=PATH', help='ijepa=PATH or mae=PATH, a checkout of facebookresearch/NAME to run in turn'); q.add_argument('--decoder', default='512x8', help="of MAE, WIDTHxDEPTH; default: 512x8, as published")
+    for k, v in dict(steps=8, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v, help=f'default: {v}')
     q = of_step(time_memory, 'memory', 'bytes and time of the training step with gradient checkpointing on and off', 'hjepa bench memory --encoder vit_tiny --batch 16 --json out.json')
     for k, v in dict(steps=4, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v, help=f'default: {v}')
     q = kind(time_data, 'data', "images a second by back end and workers, beside torchvision alone, and the data's share of a step", 'hjepa bench data cifar10 --workers 0 1 2 --json out.json')
