@@ -175,13 +175,14 @@ def show_recipes(args):
 # %% ../nbs/91_cli.ipynb #91b00001
 def described(args):
     "The recipe that a benchmark of the step is about."
-    given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor', 'match') if (v := getattr(args, k, None)) is not None}
+    given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor') if (v := getattr(args, k, None)) is not None}
+    if getattr(args, 'match', None): given['match'] = (args.peer or 'ijepa').rpartition('=')[0] or 'ijepa'
     if args.recipe and given: raise HJEPAError(f"--{next(iter(given))} describes a recipe and --recipe names one: give one of them, or change the named one with key=value.")
     return recipe(recipe(args.recipe) if args.recipe else bench_recipe(**given), **overrides(args.change))
 
 def bench(args):
     "Time a training step."
-    out = bench_step(described(args), device=args.device, peer=args.peer, precision=args.precision, compile=args.compile)
+    out = bench_step(described(args), device=args.device, peer=args.peer, decoder=args.decoder, steps=args.steps, rounds=args.rounds, precision=args.precision, compile=args.compile)
     print(json.dumps(out, indent=1)); say_json(args, out)
 
 def time_memory(args):
@@ -307,7 +308,8 @@ def add_bench(add):
         return q
     q = of_step(bench, 'step', 'time the full training step, alone or beside a peer', 'hjepa bench step --encoder vit_tiny --peer ijepa=../ijepa --json out.json')
     q.add_argument('--match', action='store_true', default=None, help="the peer's own numbers of context and target tokens"); q.add_argument('--compile', action='store_true')
-    q.add_argument('--peer', type=lambda s: s.removeprefix('ijepa='), metavar='ijepa=PATH', help='a checkout of facebookresearch/ijepa to run in turn')
+    q.add_argument('--peer', metavar='NAME=PATH', help='ijepa=PATH or mae=PATH, a checkout of facebookresearch/NAME to run in turn'); q.add_argument('--decoder', default='512x8', help="of MAE, WIDTHxDEPTH; default: 512x8, as published")
+    for k, v in dict(steps=8, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v, help=f'default: {v}')
     q = of_step(time_memory, 'memory', 'bytes and time of the training step with gradient checkpointing on and off', 'hjepa bench memory --encoder vit_tiny --batch 16 --json out.json')
     for k, v in dict(steps=4, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v, help=f'default: {v}')
     q = kind(time_data, 'data', "images a second by back end and workers, beside torchvision alone, and the data's share of a step", 'hjepa bench data cifar10 --workers 0 1 2 --json out.json')

@@ -9,6 +9,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 BEGIN, END = '<!-- notebooks: begin (written by `make export`) -->', '<!-- notebooks: end -->'
+SPEEDS = '<!-- speeds: begin (written by `make export` from results/) -->', '<!-- speeds: end -->'
 NOTE = '<!-- Made from nbs/index.ipynb by `make export`: change that notebook, not this file. -->\n'
 
 def read_nb(p): return json.loads(Path(p).read_text(encoding='utf-8'))
@@ -54,14 +55,52 @@ def table():
         rows.append(f'| {sec if sec != last else ""} | [{t}]({p}) | {d} |'); last = sec
     return '\n'.join(rows)
 
+def span(r, lo=None, hi=None):
+    "A ratio and its range."
+    if isinstance(r, dict): r, lo, hi = r['ratio'], *r.get('ratio_range', (r.get('lo'), r.get('hi')))
+    return f'{r:.2f} ({lo:.2f} to {hi:.2f})'
+
+STEP = {'vit_tiny': 'ViT-Ti/16', 'vit_small': 'ViT-S/16', 'vit_base': 'ViT-B/16'}
+ON_CPU = [ # what, aim, file, its figures in words
+    *((f'step, {STEP[e]}, 224 px, beside {who}', aim, f'speed_step_cpu_{e}{f}.json', span) for e in ('vit_tiny', 'vit_small') for who, aim, f in (
+        ("I-JEPA's code", '≥ 3', ''), ("I-JEPA's code, as many tokens as it asks", '', '_match'), ("I-JEPA's code, targets from the first 6 of 12 blocks", '', '_half'),
+        ("MAE's code, its decoder as published", '≥ 2', '_mae'), ("MAE's code, its decoder as large as our predictor", '≥ 2', '_mae_decoder'))),
+    ('the default step, every switch there and off, beside the step from before there were switches', '1', 'switches_off_cpu.json', lambda d: '; '.join(f"{span(1/r['ratio'], 1/r['hi'], 1/r['lo'])} {k}" for k, r in d['rows'].items())),
+    ("two views of CIFAR-10 from memory, beside torchvision's `DataLoader` and transforms", '', 'data_cifar10_cpu.json', span),
+    ('two 224 px views of JPEGs of 500×375, beside the same', '', 'data_photos_cpu.json', lambda d: f"{span(d)}; {d['step']['share_waited']:.1%} of a ViT-S/16 step waits for data"),
+    ('views on the device, beside kornia', '', 'views_kornia_cpu.json', lambda d: '{:.1f} to {:.1f}'.format(*(f(r['ratio'] for r in d['rows']) for f in (min, max)))),
+    ("features of ViT-Ti/16 at 224 px, all levels, beside timm's own one vector", '≥ 1', 'eval_cpu.json', lambda d: '{} from timm\'s network, {} from ours'.format(*(span(d['features']['sides'][k]) for k in ('timm, by levels', 'ours, by levels')))),
+    ('gradient checkpointing, ViT-Ti/16 at 224 px, beside the same step without', '', 'memory_cpu_vit_tiny.json', lambda d: f"{span(1/d['time'], *(1/t for t in d['time_range'][::-1]))}; memory of the step {d['saved']:.2f}, peak of the process {d['peak']:.2f}"),
+    ('linear probe, strength searched, beside scikit-learn, made-up features 10,000 × 384', '≥ 1', 'eval_cpu.json', lambda d: f"{span(d['linear']['rows'][0])}; accuracy {d['linear']['rows'][0]['points']:+.2f} points")]
+ON_GPU = [ # what, aim, files, run in such a file, its figures in words
+    *((f'step, {STEP[e]}, 224 px, bf16, compiled, beside {who}', aim, f'speed_step_[!c]*_{peer}.json', f'{e} compiled', span) for e, who, aim, peer in (
+        ('vit_small', "I-JEPA's code", '≥ 4', 'ijepa'), ('vit_base', "I-JEPA's code", '≥ 4', 'ijepa'), ('vit_small', "MAE's code", '≥ 2', 'mae'), ('vit_base', "MAE's code", '≥ 2', 'mae'))),
+    ('share of the rate of plain matrix products, ViT-B/16, bf16', '≥ 40 %', 'speed_step_[!c]*_base.json', 'vit_base compiled', lambda d: f"{d['ours']['share_of_product_rate']:.0%}"),
+    ('from JPEGs of 500×375 to two views and through the step, ViT-S/16, images/s', '≥ 2,500', 'data_photos_[!c]*.json', None, lambda d: f"{d['step']['batch'] / d['step']['seconds_with_data']:,.0f}"),
+    ('gradient checkpointing, ViT-B/16, bf16, images a second', '≥ 0.80; memory of the step ≤ 0.40', 'memory_[!c]*.json', None, lambda d: f"{1/d['time']:.2f}; memory of the step {d['saved']:.2f}")]
+
+def speeds():
+    "What was measured, from the files it was written to; `waiting` where there is none."
+    rows, res = ['| on two CPU cores | aim | images a second, ours over theirs | device, threads | file |', '|---|---|---|---|---|'], ROOT/'results'
+    def row(what, aim, file, part, say):
+        d = json.loads(file.read_text(encoding='utf-8')); m = d.get('machine', d); d = d['runs'][part] if part else d
+        return f"| {what} | {aim} | {say(d)} | {m['device']}, {m['threads']} | `results/{file.name}` |"
+    for what, aim, f, say in ON_CPU: rows.append(row(what, aim, res/f, None, say) if (res/f).exists() else f'| {what} | {aim} | waiting | | |')
+    rows += ['', '| on one GPU | aim | measured | device, threads | file |', '|---|---|---|---|---|']
+    for what, aim, f, part, say in ON_GPU:
+        files = [p for p in sorted(res.glob(f)) if not part or part in json.loads(p.read_text(encoding='utf-8')).get('runs', {})]
+        rows += [row(what, aim, p, part, say) for p in files] or [f'| {what} | {aim} | waiting | | |']
+    return '\n'.join(rows)
+
 def fill_index():
-    "Put the current table between its two marks; returns the notebook's text."
+    "Put the current tables between their marks; returns the notebook's text."
     txt = (NBS/'index.ipynb').read_text(encoding='utf-8'); nb = json.loads(txt)
     for c in nb['cells']:
         s = source(c)
-        if BEGIN in s and END in s:
-            new = s[:s.index(BEGIN)+len(BEGIN)] + '\n' + table() + '\n' + s[s.index(END):]
-            if new != s: c['source'] = new.splitlines(True); txt = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+        for (begin, end), made in (((BEGIN, END), table), (SPEEDS, speeds)):
+            if begin not in s or end not in s: continue
+            new = s[:s.index(begin)+len(begin)] + '\n' + made() + '\n' + s[s.index(end):]
+            if new != s: c['source'], s = new.splitlines(True), new; txt = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     return txt
 
 def relink(md):

@@ -1,23 +1,17 @@
 """Step benchmark at ViT-Ti/S/B: images/s, tokens, FLOPs, peak memory, share of the machine's matrix-product rate; compile off and on.
 
-    PYTHONPATH=. python bench/gpu/step.py --json results/speed_step.json [--peer ../ijepa] [--choices]
+    PYTHONPATH=. python bench/gpu/step.py --json results/speed_step.json [--peer ijepa=../ijepa] [--choices]
 
 The file is written anew after every measurement, so a command that is cut short leaves what it had. Try it anywhere with --tiny.
 """
 import argparse, json, os, sys, time
 from pathlib import Path
 import torch
-from hjepa.bench import bench_choices, bench_recipe, bench_step, best_device, machine, sync, timed
+from hjepa.bench import bench_choices, bench_recipe, bench_step, best_device, machine
 from hjepa.config import HJEPAError, recipe
 
 BATCH = dict(vit_tiny=256, vit_small=256, vit_base=128)
 PREDICTOR = dict(vit_tiny='192x6', vit_small='384x6', vit_base='384x6')
-
-def product_rate(device, precision, n=8192, times=10):
-    "FLOP/s of n x n x n matrix products of random numbers."
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32) for _ in 'ab')
-    timed(lambda: a @ b, 3, device)
-    return 2 * n**3 * times / timed(lambda: a @ b, times, device)
 
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,8 +20,9 @@ def options():
     p.add_argument('--image', type=int, default=224); p.add_argument('--patch', type=int, default=16)
     p.add_argument('--precision', default='bf16', choices=['fp32', 'bf16']); p.add_argument('--device', default=None)
     p.add_argument('--compile', default='both', choices=['off', 'on', 'both'])
-    p.add_argument('--match', action='store_true', help="also with I-JEPA's own numbers of tokens")
-    p.add_argument('--peer', metavar='PATH', help='a checkout of facebookresearch/ijepa to run in turn')
+    p.add_argument('--match', action='store_true', help="also with the peer's own numbers of tokens")
+    p.add_argument('--peer', metavar='NAME=PATH', help='ijepa=PATH or mae=PATH, a checkout to run in turn')
+    p.add_argument('--decoder', default='512x8', help='of MAE, WIDTHxDEPTH (default: as published)')
     p.add_argument('--choices', action='store_true', help='also the price of the predictor\'s attention and of the hierarchy')
     p.add_argument('--steps', type=int, default=20); p.add_argument('--rounds', type=int, default=3); p.add_argument('--warm', type=int, default=5)
     p.add_argument('--minutes', type=float, default=9., help='start no measurement after this')
@@ -40,7 +35,8 @@ def options():
 def plan(a):
     "What to measure, the most wanted first: (name, recipe, compile, is it the table of choices?)."
     size = lambda r: recipe(r, **{'encoder.depth': 2, 'levels.depths': (1, 1, 2)}) if a.tiny and not a.peer else r
-    make = lambda e, m: size(bench_recipe(e, a.image, a.patch, a.batch or BATCH[e], PREDICTOR[e], m))
+    like = (a.peer or 'ijepa').rpartition('=')[0] or 'ijepa'
+    make = lambda e, m: size(bench_recipe(e, a.image, a.patch, a.batch or BATCH[e], PREDICTOR[e], like if m else None))
     for on in {'off': [False], 'on': [True], 'both': [False, True]}[a.compile]:
         for e in a.encoders:
             for m in [False, True] if a.match else [False]: yield f"{e}{' matched' if m else ''}{' compiled' if on else ''}", make(e, m), on, False
@@ -50,17 +46,14 @@ def main():
     a, start = options(), time.time()
     device = a.device or best_device()
     res = dict(machine(device), command=' '.join(['python', *sys.argv]), precision=a.precision, seed=0, runs={})
-    res['product_flops_per_second'] = product_rate(device, a.precision, 512 if a.tiny else 8192)
     for name, r, on, choices in plan(a):
         if time.time() - start > a.minutes * 60: res['runs'][name] = dict(skipped='out of time'); continue
         kw = dict(steps=a.steps, warm=a.warm, rounds=a.rounds, precision=a.precision, compile=on)
         try:
             if choices: res['runs'][name] = bench_choices(r, device, **kw)
             else:
-                b = bench_step(r, device, peer=a.peer, **kw)
-                rate = b['ours']['images_per_second'] * b['ours']['flops_per_image']
-                res['runs'][name] = b | dict(share_of_product_rate=rate / res['product_flops_per_second'])
-                print(f"{name:28}{b['ours']['images_per_second']:10,.1f} images/s  {100 * res['runs'][name]['share_of_product_rate']:5.1f} % of the product rate"
+                b = res['runs'][name] = bench_step(r, device, peer=a.peer, decoder=a.decoder, **kw)
+                print(f"{name:28}{b['ours']['images_per_second']:10,.1f} images/s  {100 * b['ours']['share_of_product_rate']:5.1f} % of the product rate"
                       f"  {(b['ours']['peak_bytes'] or 0) / 2**30:6.2f} GiB" + (f"  {b['ratio']:.2f}x the peer {b['ratio_range']}" if a.peer else ''), flush=True)
         except (HJEPAError, torch.OutOfMemoryError) as e: res['runs'][name] = dict(failed=str(e).splitlines()[0]); print(name, 'failed:', e, flush=True)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
