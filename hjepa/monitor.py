@@ -135,26 +135,32 @@ class Dashboard:
         self.button = W.Button(description='Stop and save', icon='stop', tooltip='as Ctrl-C, or interrupting the kernel: the same call goes on from there')
         self.says, self.view, self.png, self.last = W.HTML(), W.Image(format='png', layout=W.Layout(max_width='100%')), None, None
         self.button.on_click(lambda _: self.press(stop))
-        self.drawn, self.cost, self.share = None, 0., share
-        self.handle = display(W.VBox([W.HBox([self.button] * hears_clicks() + [self.says]), self.view]), display_id=True)
+        self.drawn, self.cost, self.share, self.heard = None, 0., share, hears_clicks()
+        self.handle = display(W.VBox([W.HBox([self.button] * self.heard + [self.says]), self.view]), display_id=True)
     def press(self, stop): self.button.disabled, self.button.description = True, 'stopping …'; stop('button')
     def __enter__(self): return self
     def __exit__(self, *exc):
         from IPython.display import Image
-        if self.last and not exc[0]: self.draw(*self.last)
+        if self.last and not exc[0]: self.speak(self.last[0]); self.draw(*self.last)
         if self.png and self.handle: self.handle.update(Image(self.png))
 
 # %% ../nbs/60_monitor.ipynb #60a00006
 @patch
 def show(self:Dashboard, tr, x): # a Trainer at work; the images of its step
     "Draw, if it is time to."
-    now, self.words = time.perf_counter(), tr.monitor.words(tr.model) if tr.monitor else ['not monitored (train.monitor is 0)']
-    self.says.value = '<br>'.join(w if w == 'healthy' else f'<span style="color:var(--jp-error-color1)">{w}</span>' if len(tr.monitor.rows if tr.monitor else ()) > 1 else w for w in self.words)
+    now = time.perf_counter(); self.speak(tr)
     if self.drawn and now - self.drawn < max(1, self.cost / self.share): return
     d, (views, masks, *_) = tr.r.data, next(tr.pieces(x, tr.step, [torch.zeros(1, dtype=torch.long)]))
     image = views[0, 0].cpu() * torch.tensor(d.std)[:, None, None] + torch.tensor(d.mean)[:, None, None]
     self.draw(tr, (tr.model.pyramid, masks, image, tr.model.levels_predicted)); then = time.perf_counter()
     self.drawn, self.cost = then, then - now if self.drawn else 0.                # the first loads fonts
+
+@patch
+def speak(self:Dashboard, tr):
+    "The monitor's words of now."
+    self.words = tr.monitor.words(tr.model) if tr.monitor else ['not monitored (train.monitor is 0)']
+    red = ' style="color:var(--jp-error-color1)"' * bool(tr.monitor and len(tr.monitor.rows) > 1 and self.words != ['healthy'])
+    self.says.value = f"<span{red}>{'<br>'.join(self.words)}</span>" + ' · interrupting the kernel (■) saves and stops' * (not self.heard)
 
 @patch
 def draw(self:Dashboard, tr, question):

@@ -74,23 +74,23 @@ def watch(monkeypatch): # fit draws as in a notebook, at every logged step; the 
     return made
 
 def test_the_button_stops_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
-    kw, made = ALL | dict(train__monitor=3, train__steps=20), watch(monkeypatch)
+    kw, made = ALL | dict(train__monitor=3, train__steps=12), watch(monkeypatch)
     monkeypatch.setattr(hmo, 'in_notebook', lambda: False); whole = go(tmp_path/'whole', **kw); assert not made
     monkeypatch.setattr(hmo, 'in_notebook', lambda: True)
-    with monkeypatch.context() as m: after(m, 11, lambda tr, res: tr.dash.button.click() or tr.dash.button.click()); first = go(tmp_path/'cut', **kw)
-    assert not first.finished and first.facts['steps'] == 11 and made[0].button.disabled and 'stopped at step 11 of 20: saved' in capsys.readouterr().out
-    with monkeypatch.context() as m: interrupt(m, 11); other = go(tmp_path/'ctrl-c', **kw)
+    with monkeypatch.context() as m: after(m, 5, lambda tr, res: tr.dash.button.click() or tr.dash.button.click()); first = go(tmp_path/'cut', **kw)
+    assert not first.finished and first.facts['steps'] == 5 and made[0].button.disabled and 'stopped at step 5 of 12: saved' in capsys.readouterr().out
+    with monkeypatch.context() as m: interrupt(m, 5); other = go(tmp_path/'ctrl-c', **kw)
     a, b = [hm.read_tensors(p/'state.safetensors') for p in (tmp_path/'cut', tmp_path/'ctrl-c')]; assert same(a[0], b[0])     # one mechanism: one state
-    cut = go(tmp_path/'cut', **kw); assert cut.finished and cut.resumed_at == 11 and len(made) == 3
+    cut = go(tmp_path/'cut', **kw); assert cut.finished and cut.resumed_at == 5 and len(made) == 3
     assert same(weights(cut.model), weights(whole.model)) and losses(cut) == losses(whole) and cut.monitor == whole.monitor   # and looking at every step changed nothing
-    assert all(d.png[:4] == b'\x89PNG' for d in made) and 'healthy' in made[-1].says.value or 'collaps' in made[-1].says.value
+    assert all(d.png[:4] == b'\x89PNG' for d in made) and any(w in made[-1].says.value for w in ('healthy', 'collaps'))
 
 def test_the_dashboard_leaves_no_trace(tmp_path, monkeypatch):
     import matplotlib as mpl, matplotlib.pyplot as plt
-    made, before = watch(monkeypatch), (dict(mpl.rcParams), plt.get_fignums(), torch.get_rng_state())
-    go(tmp_path/'a', train__monitor=2); assert made and (dict(mpl.rcParams), plt.get_fignums()) == before[:2]
+    made, before = watch(monkeypatch), (dict(mpl.rcParams), plt.get_fignums())
+    go(tmp_path/'a', train__monitor=2, train__steps=3); assert made and (dict(mpl.rcParams), plt.get_fignums()) == before
     for k, kw in enumerate((dict(prediction__weight=0.), dict(whole__kind='none'), dict(levels__cells=(1,), levels__depths=(1, 2), levels__weights=(1.,), masks__hidden=(16,)), dict(train__accumulate=2))):
-        assert go(tmp_path/str(k), **kw).finished and made[-1].png, kw                                                        # whatever the recipe asks
+        assert go(tmp_path/str(k), train__steps=2, **kw).finished and made[-1].png, kw                                                        # whatever the recipe asks
 
 def test_a_picture_waits_until_it_is_cheap(monkeypatch):
     clock, drawn = [0.], []
