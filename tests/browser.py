@@ -69,19 +69,29 @@ def pixels(locator): return np.asarray(Image.open(io.BytesIO(locator.screenshot(
 
 def shot(page, name): page.screenshot(path=SHOTS/f'{name}.png')
 
+def changed(page, picture, act, share=.01):
+    "Do something, and wait until so much of the picture is another; its pixels before and after."
+    picture.scroll_into_view_if_needed(); before = pixels(picture); act()
+    for _ in range(60):
+        page.wait_for_timeout(250); after = pixels(picture)
+        if after.shape != before.shape or (after != before).any(2).mean() > share: return before, after
+    raise AssertionError('something was moved or clicked, and the picture stayed as it was')
+
 def test_a_slider_changes_the_picture(browser, lab):
     page = browser.new_page(viewport=dict(width=1400, height=1000))
     run_all(page, lab('nbs/analyze/76_masks.ipynb'))
-    picture = page.locator('.jp-OutputArea img.widget-image').first
-    picture.scroll_into_view_if_needed(); before = pixels(picture); shot(page, 'lab-before')
-    handle = page.locator('.widget-slider .noUi-handle').nth(1)          # the share that is hidden
-    handle.scroll_into_view_if_needed(); handle.focus()
-    for _ in range(4): page.keyboard.press('ArrowRight')
-    for _ in range(60):
-        page.wait_for_timeout(250); after = pixels(picture)
-        if after.shape != before.shape or (after != before).any(2).mean() > .01: break
-    else: raise AssertionError('the slider was moved, and the picture stayed as it was')
-    shot(page, 'lab-after'); page.close()
+    picture, handle = page.locator('.jp-OutputArea img.widget-image').first, page.locator('.widget-slider .noUi-handle').nth(1) # the share that is hidden
+    def move(): handle.focus(); [page.keyboard.press('ArrowRight') for _ in range(20)]
+    picture.scroll_into_view_if_needed(); shot(page, 'lab-before'); changed(page, picture, move); shot(page, 'lab-after'); page.close()
+
+def test_a_click_on_a_patch(browser, lab):
+    page = browser.new_page(viewport=dict(width=1400, height=1000))
+    run_all(page, lab('nbs/analyze/72_attention.ipynb'))
+    page.locator('.widget-gridbox button').nth(5).scroll_into_view_if_needed(); shot(page, 'lab-patch-before')
+    before, after = changed(page, page.locator('.jp-OutputArea img.widget-image').last, page.locator('.widget-gridbox button').nth(5).click)
+    assert before.shape == after.shape
+    for name, a, b in zip(('patch', 'attention', 'level 0', 'level 1'), *(np.array_split(t, 4, 1) for t in (before, after))): assert (a != b).any(2).mean() > .005, f'a click on another patch changes nothing at: {name}'
+    shot(page, 'lab-patch-after'); page.close()
 
 def test_a_notebook_runs(browser, lab):
     page = browser.new_page(viewport=dict(width=1400, height=1000))
@@ -102,3 +112,12 @@ def test_the_site(browser, scheme):
     hits.first.wait_for(timeout=20_000); shot(page, f'search-{scheme}'); hits.first.click()
     page.wait_for_url('**/masking.html*'); assert page.locator('h1').inner_text() == 'Masks on the pyramid'
     shot(page, f'masking-{scheme}'); assert not failed, failed; page.close()
+
+def test_the_map_walks(browser):
+    "No kernel, no script: the levels change by mouse and keyboard, and a dot shows its photograph."
+    site = next(ROOT/d for d in ('_docs', '_site') if (ROOT/d/'index.html').exists())
+    page = browser.new_page(viewport=dict(width=1300, height=900), java_script_enabled=False); page.goto((site/'analyze'/'embedding.html').as_uri())
+    field = page.locator('[id^=walk] .map'); dot = field.locator('input').first
+    changed(page, field, lambda: page.locator('[id^=walk] label', has_text='untrained').click())
+    where = dot.bounding_box(); page.locator('[id^=walk] .l0').focus(); changed(page, field, lambda: page.keyboard.press('ArrowRight')); page.wait_for_timeout(1000)
+    assert dot.bounding_box() != where; changed(page, field, lambda: dot.hover(force=True)); shot(page, 'site-map'); page.close()

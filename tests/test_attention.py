@@ -104,9 +104,8 @@ def test_explorer():
     e = A.AttentionExplorer(m, build(tiny(seed=1)).eval(), x); assert len(e.buttons) == 64
     try_out(e, e.buttons[0].click, lambda: e.click(9), (e.image, 2), (e.head, 1), (e.block, 'rollout'))
     assert e.head.disabled; e.block.value = 0; assert not e.head.disabled
-    with torch.no_grad():                                              # what was computed beforehand is what the image alone gives
-        for z, i in ((A.similarity(m, x[2:], (9//8/8 + .06, 9%8/8 + .06), e.means['trained']), 2), ):
-            for a, b in zip(z, A.similarity(m, x[2:], (9//8/8 + .06, 9%8/8 + .06), e.means['trained'], [t[i:i+1] for t in e.tokens['trained']])): close(a, b)
+    at, mean = (.2, .7), e.means['trained']                              # what was computed beforehand is what the image alone gives
+    for a, b in zip(A.similarity(m, x[2:], at, mean), A.similarity(m, x[2:], at, mean, [z[2:] for z in e.tokens['trained']])): close(a, b)
 
 def test_bad_input():
     m, x = build(tiny()).eval(), images(2)

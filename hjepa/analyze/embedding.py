@@ -187,7 +187,7 @@ def turned(xy, onto): # (N,2), (N,2) -> (N,2)
     return a @ (u @ v)
 
 WALK = """
-#U{max-width:34rem} #U input{color:inherit} #U fieldset{display:inline-flex;gap:.3em .5em;border:0;padding:0;margin:0 1em .5em 0} #U legend{float:left;padding:0;margin:0;font-size:inherit;opacity:.75;width:auto}
+#U{max-width:37rem} #U input{color:inherit} #U fieldset{display:inline-flex;gap:.3em .5em;border:0;padding:0;margin:0 1em .5em 0} #U legend{float:left;padding:0;margin:0;font-size:inherit;opacity:.75;width:auto}
 #U label{cursor:pointer;margin:0} #U label input{margin:0 .25em 0 0;vertical-align:baseline}
 #U .map{position:relative;aspect-ratio:1;container-type:inline-size;border:1px solid #8888;border-radius:6px}
 #U .map>*{appearance:none;-webkit-appearance:none;position:absolute;left:-3.5px;top:-3.5px;margin:0;padding:0;border:0;width:7px;height:7px;border-radius:50%;background:var(--c);box-shadow:0 0 0 .5px #888;transition:translate .7s}

@@ -6,15 +6,13 @@
 __all__ = ['pca_colours', 'PyramidViewer']
 
 # %% ../../nbs/analyze/77_layers.ipynb #77a70002
-import io
 import torch
-import ipywidgets as widgets
 from fastcore.basics import patch
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from ..config import HJEPAError
+from ..explore import Explorer, slider
 from ..style import hide_axes, style
 
 # %% ../../nbs/analyze/77_layers.ipynb #77a70005
@@ -31,25 +29,15 @@ def pca_colours(
     return ((c - lo) / (hi - lo).clamp_min(1e-9)).clamp(0, 1).view(*z.shape[:2], 3)
 
 # %% ../../nbs/analyze/77_layers.ipynb #77a70008
-class PyramidViewer:
+class PyramidViewer(Explorer):
     "An image, a level's cells, and the colours of their features in each network."
     def __init__(self, models:dict, images:Tensor): # {name: with levels() and grids}, of the same grids; uint8 (N,3,H,W), a few
         self.images, self.grids = images, [tuple(g) for g in next(iter(models.values())).grids]
         if any([tuple(g) for g in m.grids] != self.grids for m in models.values()): raise HJEPAError('The networks have different grids: show each in a viewer of its own.')
         with torch.no_grad(): self.colours = {n: [pca_colours(z) for z in m.levels(images)] for n, m in models.items()}
-        slide = lambda name, n: widgets.IntSlider(0, 0, max(0, n - 1), description=name)
-        self.image, self.level, self.cell = slide('image', len(images)), slide('level', len(self.grids)), slide('cell', self.grids[0][0]*self.grids[0][1])
-        self.view = widgets.Image(format='png', width=560); self.box = widgets.VBox([widgets.HBox([self.image, self.level, self.cell]), self.view])
-        for w in (self.image, self.level, self.cell): w.observe(self._draw, 'value')
-        self._draw()
-
-@patch
-def _draw(self:PyramidViewer, change=None):
-    h, w = self.grids[self.level.value]; self.cell.max = h*w - 1
-    out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=100); self.view.value = out.getvalue()
-
-@patch
-def _ipython_display_(self:PyramidViewer): display(self.box)
+        self.image, self.level, self.cell = slider('image', len(images)), slider('level', len(self.grids)), slider('cell', self.grids[0][0]*self.grids[0][1])
+        super().__init__(self.image, self.level, self.cell, above=True, dpi=95)
+    def settle(self): h, w = self.grids[self.level.value]; self.cell.max = h*w - 1
 
 # %% ../../nbs/analyze/77_layers.ipynb #77a70009
 @patch
@@ -59,7 +47,7 @@ def figure(self:PyramidViewer, levels=None) -> Figure: # None: the level chosen
     with style():
         fig = Figure(figsize=(2*(n + 1), 2*len(levels) + .3), layout='constrained')
         for line, l in zip(fig.subplots(len(levels), n + 1, squeeze=False), levels):
-            h, w = self.grids[l]; a, b = H/h, W/w; r, c = divmod(min(self.cell.value, h*w - 1), w)
+            h, w = self.grids[l]; a, b = H/h, W/w; r, c = divmod(min(self.cell.value, h*w - 1), w) # a figure of other levels than the chosen one
             line[0].imshow(self.images[i].permute(1, 2, 0).cpu(), extent=(0, W, H, 0)); line[0].set_ylabel(f'level {l}: {h}×{w}')
             for ax, m in zip(line[1:], self.colours.values()): ax.imshow(m[l][i].view(h, w, 3), extent=(0, W, H, 0))
             for j in range(h*w): line[0].add_patch(Rectangle((j % w * b, j//w * a), b, a, fill=False, ec='w', lw=.8))

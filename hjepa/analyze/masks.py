@@ -6,15 +6,14 @@
 __all__ = ['plot_cells', 'hidden_cells', 'MaskExplorer']
 
 # %% ../../nbs/analyze/76_masks.ipynb #76a70002
-import io
 import matplotlib.pyplot as plt
 import torch
 import ipywidgets as widgets
 from fastcore.basics import patch
-from IPython.display import display
 from matplotlib.figure import Figure
 from torch import Tensor
 from ..config import HJEPAError
+from ..explore import Explorer, slider
 from ..style import hide_axes, level_colors, style
 from ..data.scenes import scenes
 from ..evaluate.card import shade
@@ -51,27 +50,21 @@ def hidden_cells(
     return tuple(n if l == level else 0 for l in range(len(pyramid.cells)))
 
 # %% ../../nbs/analyze/76_masks.ipynb #76a7000e
-class MaskExplorer:
+class MaskExplorer(Explorer):
     "Choose the geometry of a mask; see what is seen and what is asked at every level."
     def __init__(self, images:Tensor): # uint8 (N,3,112,112), a few
-        self.images = images
-        self.grid = widgets.Dropdown(options=[('4×4', 4), ('8×8', 8), ('14×14', 14)], value=8, description='grid')
-        self.level = widgets.IntSlider(1, 0, 2, description='cells of level')
-        self.share = widgets.FloatSlider(.5, min=.1, max=.9, step=.05, description='hidden')
-        self.blocks = widgets.IntSlider(0, 0, 4, description='blocks (0: none)')
-        self.image, self.draw = widgets.IntSlider(0, 0, len(images) - 1, description='image'), widgets.IntSlider(0, 0, 20, description='draw')
-        self.view, self.controls = widgets.Image(format='png'), (self.grid, self.level, self.share, self.blocks, self.image, self.draw)
-        for w in self.controls: w.observe(self._changed, 'value')
-        for w in self.controls: w.style.description_width = '6.5rem'
-        self.box = widgets.VBox([widgets.HBox([widgets.VBox(self.controls[:3]), widgets.VBox(self.controls[3:])]), self.view]); self._changed()
-
-@patch
-def _changed(self:MaskExplorer, change=None):
-    self.level.max = len(self.pyramid().cells) - 1
-    out = io.BytesIO(); self.figure().savefig(out, format='png', dpi=72); self.view.value = out.getvalue()
-
-@patch
-def _ipython_display_(self:MaskExplorer): display(self.box)
+        self.images = images; number = lambda name, v, lo, hi: widgets.FloatSlider(v, min=lo, max=hi, step=.01, description=name)
+        self.grid = widgets.Dropdown(options=[('4×4', 4), ('8×8', 8), ('14×14', 14)], value=14, description='grid')
+        self.level, self.blocks = widgets.IntSlider(0, 0, 2, description='cells of'), widgets.IntSlider(2, 0, 6, description='blocks')
+        self.share, self.scale = number('hidden', .5, .1, .9), number('scale', .25, .01, .9); self.last = .25
+        self.shape = widgets.FloatLogSlider(1., base=2, min=-2, max=2, step=.25, description='shape', readout_format='.2f')
+        self.image, self.draw = slider('image', len(images)), slider('draw', 21)
+        super().__init__(self.grid, self.level, self.share, self.blocks, self.scale, self.shape, self.image, self.draw, above=True)
+    def settle(self): # levels that the grid has; scale and hidden move together
+        n = self.blocks.value; self.level.max = len(self.pyramid().cells) - 1; self.scale.disabled = self.shape.disabled = n == 0
+        if n and self.scale.value != self.last: self.share.value = n * self.scale.value
+        if n: self.scale.value = self.share.value / n
+        self.last = self.scale.value
 
 # %% ../../nbs/analyze/76_masks.ipynb #76a7000f
 @patch
@@ -82,7 +75,6 @@ def pyramid(self:MaskExplorer) -> Pyramid:
 @patch
 def figure(self:MaskExplorer) -> Figure:
     "The picture for what is chosen now."
-    p, n = self.pyramid(), self.blocks.value; hidden = hidden_cells(p, self.share.value, min(self.level.value, len(p.cells) - 1))
-    g = torch.Generator().manual_seed(self.draw.value)
-    m = sample_masks(p, 1, hidden, kind='blocks' if n else 'nested', blocks=max(1, n), generator=g)
+    p, n, r = self.pyramid(), self.blocks.value, self.shape.value
+    m = sample_masks(p, 1, hidden_cells(p, self.share.value, self.level.value), kind='blocks' if n else 'nested', blocks=max(1, n), aspect=(r, r), generator=torch.Generator().manual_seed(self.draw.value))
     with style(): return plot_cells(p, m, self.images[self.image.value], fig=Figure(figsize=(2*(len(p.cells) + 1), 2.3), layout='constrained'))

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['GAMES', 'LOOKS', 'Asked', 'check', 'ask', 'Bank', 'bank', 'players', 'nearest', 'expect', 'games', 'ask_pixels',
-           'retrieval', 'error_maps', 'plot_retrieval', 'thumbs', 'framed', 'draw_expected', 'plot_expected',
-           'plot_errors', 'Expectations']
+           'retrieval', 'error_maps', 'plot_retrieval', 'framed', 'draw_expected', 'plot_expected', 'plot_errors',
+           'Expectations']
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a70002
-import base64, io
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor
 from ..config import HJEPAError
 from ..data.views import normalise
@@ -28,6 +26,7 @@ from ..parts.patch import gather
 from ..style import arm_colors, hide_axes, level_colors, style
 from .attention import interval
 from .consistency import Pixels
+from .depth import thumbs
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a70007
 @dataclass
@@ -189,11 +188,6 @@ def plot_retrieval(levels:list): # of retrieval(); with a player 'untrained' if 
     return fig
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a7001e
-def thumbs(b64:str) -> np.ndarray: # a JPEG strip of square pictures, base64 -> (n,s,s,3) uint8
-    "Pictures out of a result file."
-    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64)))); s = strip.shape[0]
-    return strip.reshape(s, -1, s, 3).swapaxes(0, 1)
-
 def framed(ax, im, cell=None, grid=None, hidden=None, color='w'): # (s,s,3) uint8; number of a cell on a grid (h,w); (H,W) bool to be greyed
     "A picture with a cell framed."
     im = np.array(im)
