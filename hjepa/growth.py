@@ -9,6 +9,7 @@ __all__ = ['AXES', 'SIDES', 'Loop', 'growth_recipes', 'exponent', 'turns', 'grow
 
 # %% ../nbs/88_growth.ipynb #88a00003
 import json, math, os, statistics, subprocess, sys, tempfile
+from contextlib import suppress
 from pathlib import Path
 import timm, torch, torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -114,7 +115,9 @@ class Group:
             self.proc.wait(); self.log.seek(0)
             last = [l for l in self.log.read().splitlines() if 'Error' in l] or ['no word']
             raise HJEPAError(f'The group of processes ended early ({last[0].strip()}): leave the axis processes out, or train with that many to see why.') from None
-    def close(self): self.proc.stdin.close(); self.proc.wait(60); self.log.close()
+    def close(self):
+        with suppress(BrokenPipeError): self.proc.stdin.close()
+        self.proc.wait(60); self.log.close()
 
 # %% ../nbs/88_growth.ipynb #88a00019
 def processes(r:Recipe, device, precision, compile, images:int, rounds:int, bar) -> dict:
