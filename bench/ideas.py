@@ -123,14 +123,14 @@ def main():
         base, other, first = Step(r), Step(change(r, **CHANGED.get(name, {})), compile=name == 'compiled'), 0.
         if name in SAME: SAME[name](other)
         piece = next(base.pieces()); base.model.calibrate([piece]); other.model.calibrate([piece])
-        if name in SAME or name in OTHER: first = abs(float(base.loss(*piece)) - float(other.loss(*piece))); [c.clear() for s in (base, other) for c in s.model.chance]
+        if name in SAME or name in OTHER: first = abs(float(base.loss(*piece).detach() - other.loss(*piece).detach())); [c.clear() for s in (base, other) for c in s.model.chance]
         start = timed(other, 2, 'cpu'); timed(base, 2, 'cpu'); times = ([], [])
         for _ in range(a.rounds):
             times[0].append(timed(base, a.steps, 'cpu'))
             if name == 'one thread': torch.set_num_threads(1)
             times[1].append(timed(other, a.steps, 'cpu')); torch.set_num_threads(threads)
         res = ratios([1 / t for t in times[1]], [1 / t for t in times[0]])
-        rows[name] = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first, seconds_per_step=[statistics.median(t) / a.steps for t in times],
+        rows[name] = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first if name in SAME or name in OTHER else None, seconds_per_step=[statistics.median(t) / a.steps for t in times],
             first_two_steps=start, flops=[s.model.step_cost(2)['flops_per_image'] for s in (base, other)] if name in CHANGED else None, product_flops_per_second=product_rate('cpu'))
         print(f"{name:34} {res['ratio']:.3f} ({res['ratio_range'][0]:.3f} to {res['ratio_range'][1]:.3f})  loss apart {first:.1e}", flush=True)
         write(path, json.dumps(dict(what='images a second with the idea over those without, in turns', ideas=rows), indent=1) + '\n')
