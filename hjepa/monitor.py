@@ -91,14 +91,15 @@ def draw_looks(ax, looks:list, steps:int): # of monitor.csv; of the whole run
             ax.plot([r['step'] for r in looks], [max(r[k] / max(looks[0][k], 1e-9), .03) for r in looks], 'o-', ms=3, c=c, label=f'{name}: {looks[-1][k]:.3f}')
     ax.axhspan(.03, .1, color='#c2410c', alpha=.12, lw=0)
     ax.set(xlabel='step', ylabel='times the untrained', yscale='log', xlim=(0, steps), ylim=(.03, 10)); ax.set_yticks((.1, 1, 10), ('0.1', '1', '10')); ax.minorticks_off()
-    ax.legend(fontsize=8, ncols=2, loc='upper right', handlelength=1, columnspacing=1); ax.locator_params('x', nbins=4)
+    if looks: ax.legend(fontsize=8, ncols=2, loc='upper right', handlelength=1, columnspacing=1)
+    ax.locator_params('x', nbins=4)
 
 # %% ../nbs/60_monitor.ipynb #60a00003
 def draw_question(ax, pyramid, masks, image:Tensor, levels:int): # of one image, (3,S,S) in [0,1]; levels that are asked
     "What is seen, as the encoder gets it, and at each level the cells that are asked; the rest is shaded."
     (h, w), (hu, wu), gap = pyramid.grid, pyramid.grids[masks.unit], 1.08
     seen = torch.zeros(hu*wu).index_fill(0, masks.context[0].cpu(), 1).view(1, 1, hu, wu)
-    shaded = shade(image.cpu(), F.interpolate(seen, image.shape[-2:])[0]).permute(1, 2, 0).clamp(0, 1)
+    shaded = shade(image.cpu(), F.interpolate(seen, image.shape[-2:])[0]).permute(1, 2, 0).clamp(0, 1).numpy()
     for k in range(levels + 1): ax.imshow(shaded, extent=(k*gap*w, k*gap*w + w, h, 0))
     ax.text(w/2, -.05*h, f'sees {int(seen.sum())} of {hu*wu}', ha='center')
     for l, c in enumerate(level_colors(levels)):
@@ -135,9 +136,10 @@ class Dashboard:
         self.button = W.Button(description='Stop and save', icon='stop', tooltip='as Ctrl-C, or interrupting the kernel: the same call goes on from there')
         self.says, self.view, self.png, self.last = W.HTML(), W.Image(format='png', layout=W.Layout(max_width='100%')), None, None
         self.button.on_click(lambda _: self.press(stop))
+        self.button.comm._reply_subshell_for = None     # ipykernel from 7.4 on would hand clicks to the thread that made the button, the busy one
         self.drawn, self.cost, self.share, self.heard = None, 0., share, hears_clicks()
         self.handle = display(W.VBox([W.HBox([self.button] * self.heard + [self.says]), self.view]), display_id=True)
-    def press(self, stop): self.button.disabled, self.button.description = True, 'stopping …'; stop('button')
+    def press(self, stop): stop('button'); self.button.disabled, self.button.description = True, 'stopping …'
     def __enter__(self): return self
     def __exit__(self, *exc):
         from IPython.display import Image
