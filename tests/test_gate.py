@@ -26,10 +26,21 @@ def test_cells_and_outputs():
     assert len(msgs) == 3 and all(any(w in m for m in msgs) for w in ('63 cells', '293 kB', 'saved with an error'))
 
 def test_pages_have_a_title_and_links_that_lead_somewhere():
-    pages = {'00_a.ipynb': nb(md('[b](data/10_b.ipynb#x), [c](https://c.org/c.ipynb)')), 'data/10_b.ipynb': nb(md('[a](../00_a.ipynb)'))}
+    table = md('| a | b |\n|---|---|\n| 1 | 2 |')
+    pages = {'00_a.ipynb': nb(table, md('[b](data/10_b.ipynb#x), [c](https://c.org/c.ipynb)')), 'data/10_b.ipynb': nb(table, md('[a](../00_a.ipynb)'))}
     assert not list(gate.check_pages(pages))
-    pages['data/10_b.ipynb'] = nb(md('[a](00_a.ipynb)')); [msg] = gate.check_pages(pages); assert 'data/10_b.ipynb, cell 1, links to 00_a.ipynb' in msg
-    [msg] = gate.check_pages({'00_a.ipynb': dict(cells=[md('# T')])}); assert 'does not begin with' in msg
+    pages['data/10_b.ipynb'] = nb(table, md('[a](00_a.ipynb)')); [msg] = gate.check_pages(pages); assert 'data/10_b.ipynb, cell 2, links to 00_a.ipynb' in msg
+    pages['data/10_b.ipynb'] = nb(table, md('[me](10_b.ipynb), [c](https://c.org/c.ipynb)')); [msg] = gate.check_pages(pages); assert 'data/10_b.ipynb links to no other notebook' in msg
+    [*_, msg] = gate.check_pages({'00_a.ipynb': dict(cells=[md('# T'), table])}); assert 'links to no other' in msg
+    [msg, *_] = gate.check_pages({'00_a.ipynb': dict(cells=[md('# T'), table])}); assert 'does not begin with' in msg
+
+def test_pages_show_something():
+    out = lambda **data: dict(output_type='display_data', data=data, metadata={})
+    drawn, html, text = out(**{'image/png': 'x'}), out(**{'text/html': ['<table>', '</table>']}), out(**{'text/plain': ['1 | 2']})
+    assert not gate.shows(nb(md('a - b | c\n\n---\n'), code('1', [text])))
+    for cell in (md('a | b\n--- | ---\n1 | 2'), code('plot()', [text, drawn]), code('frame', [html]), code('say()', [out(**{'text/markdown': ['|a|b|\n', '|:-:|---|\n']})])): assert gate.shows(nb(cell)), cell
+    assert not gate.shows(nb(code('#| hide\nplot()', [drawn])))             # the site leaves it out
+    [msg] = gate.check_pages({'00_a.ipynb': nb(md('[b](10_b.ipynb)')), '10_b.ipynb': nb(md('[a](00_a.ipynb)'), code('plot()', [drawn]))}); assert '00_a.ipynb has no figure and no table' in msg
 
 def test_widgets_leave_no_state():
     view, said = dict(output_type='display_data', data={'application/vnd.jupyter.widget-view+json': {}, 'text/plain': ['HBox()']}), dict(output_type='stream', name='stdout', text=['1'])

@@ -125,13 +125,29 @@ def check_cells(nbs):
                 yield f'nbs/{n}, cell {i}, was saved with an error: mend the cell, run it again and save.'
     if total > MAX_ALL_KB: yield f'All notebooks together hold {total:.0f} kB of saved outputs (at most {MAX_ALL_KB}): shrink the largest ones.'
 
+TABLE = re.compile(r'(?m)^[ \t]*\|?[ \t]*:?-+:?[ \t]*\|[-:| \t]*$')   # the line below the head of a markdown table
+
+def shows(nb):
+    "Is there a figure or a table among the cells that the site shows?"
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown' and TABLE.search(source(c)): return True
+        if c['cell_type'] != 'code' or 'hide' in directives(c): continue
+        for d in (o.get('data', {}) for o in c.get('outputs', [])):
+            text = lambda kind: ''.join(d.get(kind, ''))
+            if any(k.startswith('image/') for k in d) or re.search('<(table|svg|img)', text('text/html')) or TABLE.search(text('text/markdown')): return True
+    return False
+
 def check_pages(nbs):
-    "What a reader needs to find the way: a title, one line that says what it is, and links that lead somewhere."
+    "What a reader needs to find the way: a title, one line that says what it is, something to look at, and links that lead somewhere."
     for n, nb in nbs.items():
         if not re.fullmatch(r'# [^\n]+\n\n> [^\n]+', source(nb['cells'][0]).strip()): yield f'nbs/{n} does not begin with a cell of `# Title`, an empty line and `> one line`: that line is its entry in the table of notebooks.'
+        if not shows(nb): yield f'nbs/{n} has no figure and no table: put one that shows its idea among its first cells.'
+        found = set()
         for i, c in enumerate(nb['cells']):
             for to in re.findall(r'\]\(([^)\s#:]+\.ipynb)', source(c)) if c['cell_type'] == 'markdown' else ():
-                if os.path.normpath(Path(n).parent/to).replace(os.sep, '/') not in nbs: yield f'nbs/{n}, cell {i}, links to {to}, which does not exist: correct the link.'
+                found.add(page := os.path.normpath(Path(n).parent/to).replace(os.sep, '/'))
+                if page not in nbs: yield f'nbs/{n}, cell {i}, links to {to}, which does not exist: correct the link.'
+        if not found - {n}: yield f'nbs/{n} links to no other notebook: name the one before it and the one after it.'
 
 def check_imports(nbs):
     num = {m: number(n) for n, nb in nbs.items() if (m := module(nb))}
