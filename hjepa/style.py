@@ -22,7 +22,7 @@ def level_colors(
 arm_colors = dict(hjepa='#c2410c', pooled_l0='#0f766e', untrained='#6b7280', pixels='#b0b7c3', supervised='#1d4ed8')
 
 # %% ../nbs/01_style.ipynb #2e53512b
-look = {'figure.dpi': 75, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'figure.figsize': (5, 3), 'font.size': 9,
+look = {'figure.dpi': 110, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'figure.figsize': (5, 3), 'font.size': 9,
         'axes.titlesize': 10, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
         'grid.color': '#e5e7eb', 'grid.linewidth': .6, 'legend.frameon': False, 'lines.linewidth': 1.6, 'image.interpolation': 'nearest'}
 

@@ -6,9 +6,10 @@
     python tools/gate.py skipped   how many notebook cells the flags leave out
 
 `drift` compares bytes before and after, so it works with uncommitted changes; with CI=true git must be clean as well."""
-import argparse, ast, json, os, re, subprocess, sys
+import argparse, ast, base64, io, json, os, re, subprocess, sys
 from collections import Counter
 from pathlib import Path
+from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import readme as R
 from readme import ROOT, NBS, read_nb, source, directives
@@ -29,16 +30,30 @@ def restore(before):
     for p, b in before.items():
         if not p.exists() or p.read_bytes() != b: p.parent.mkdir(parents=True, exist_ok=True); p.write_bytes(b)
 
+def few_colors(png):
+    "A saved figure (base64) in a palette of 256 colours, on white: a third of the bytes, and no eye sees it. One that has a palette is left as it is."
+    im = Image.open(io.BytesIO(base64.b64decode(png)))
+    if im.mode == 'P': return png
+    white = Image.new('RGBA', im.size, 'white'); white.alpha_composite(im.convert('RGBA')); out = io.BytesIO()
+    white.convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True, dpi=im.info.get('dpi'))
+    return base64.b64encode(out.getvalue()).decode()
+
 def still(nb):
-    "A notebook without the state of its widgets and progress bars: without a kernel they do nothing, and they are large."
+    "A notebook without the state of its widgets and progress bars, which do nothing without a kernel and are large; its figures small."
     nb['metadata'].pop('widgets', None)
     alive = lambda o: any(k.startswith('application/vnd.jupyter.widget') for k in o.get('data', {}))
-    for c in code_cells(nb): c['outputs'] = [o for o in c['outputs'] if not alive(o)]
+    for c in code_cells(nb):
+        c['outputs'] = [o for o in c['outputs'] if not alive(o)]
+        for o in c['outputs']:
+            if png := o.get('data', {}).get('image/png'): o['data']['image/png'] = few_colors(png)
     return nb
 
-def no_widgets():
+def slim():
     for p in (NBS/n for n in R.notebooks()):
-        if b'vnd.jupyter.widget' in (b := p.read_bytes()): p.write_text(json.dumps(still(json.loads(b)), sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        b = p.read_bytes()
+        if b'vnd.jupyter.widget' in b or b'"image/png"' in b:
+            new = json.dumps(still(json.loads(b)), sort_keys=True, indent=1, ensure_ascii=False) + '\n'
+            if new.encode() != b: p.write_text(new, encoding='utf-8')
 
 def export():
     "From nothing: modules without a notebook disappear. If anything fails, every file is put back."
@@ -51,7 +66,7 @@ def export():
         r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
         if r.returncode or 'Failed to clean' in r.stderr:
             raise RuntimeError(f'nbdev could not export; everything is as it was. Mend what it names:\n{r.stderr[-1500:]}')
-        no_widgets(); R.write()
+        slim(); R.write()
     except BaseException: restore(before); raise
 
 def drift():
