@@ -92,6 +92,23 @@ def test_the_dashboard_leaves_no_trace(tmp_path, monkeypatch):
     for k, kw in enumerate((dict(prediction__weight=0.), dict(whole__kind='none'), dict(levels__cells=(1,), levels__depths=(1, 2), levels__weights=(1.,), masks__hidden=(16,)), dict(train__accumulate=2))):
         assert go(tmp_path/str(k), train__steps=2, **kw).finished and made[-1].png, kw                                                        # whatever the recipe asks
 
+def test_a_click_is_heard_while_the_cell_runs(): # in a real kernel; a frontend sends what widgets say to a subshell, as JupyterLab does
+    from jupyter_client.manager import start_new_kernel
+    km, kc = start_new_kernel(kernel_name='python3', env=ENV)
+    try:
+        ask = kc.session.msg('create_subshell_request', {}); kc.control_channel.send(ask)
+        shell = kc.control_channel.get_msg(timeout=60)['content']['subshell_id']
+        kc.execute("""import time\nfrom hjepa.monitor import Dashboard\nheard = []; dash = Dashboard(heard.append); print(dash.heard, dash.button.model_id, flush=True); end = time.time() + 20
+while time.time() < end and not heard: time.sleep(.05)\nprint('heard', heard)""")
+        said = ''
+        while 'heard [' not in said:
+            m = kc.get_iopub_msg(timeout=120); assert m['msg_type'] != 'error', m['content']
+            if m['msg_type'] != 'stream': continue
+            if not said: click = kc.session.msg('comm_msg', dict(comm_id=m['content']['text'].split()[1], data=dict(method='custom', content=dict(event='click')))); click['header']['subshell_id'] = shell; kc.shell_channel.send(click)
+            said += m['content']['text']
+    finally: kc.stop_channels(); km.shutdown_kernel(now=True)
+    assert said.startswith('True') and "heard ['button']" in said
+
 def test_a_picture_waits_until_it_is_cheap(monkeypatch):
     clock, drawn = [0.], []
     monkeypatch.setattr(hmo.time, 'perf_counter', lambda: clock[0])
