@@ -204,7 +204,7 @@ WALK = """
 # %% ../../nbs/analyze/73_embedding.ipynb #73a7002c
 def walk_map(
     kept:dict,      # one set of load_maps(), with 'class', two of 'kind', and 'brightness'
-    n:int=240,      # images on the map; those with a thumbnail among them
+    n:int=200,      # images on the map; those with a thumbnail among them
     method='UMAP 0',
 ) -> HTML: # without scripts, under 100 kB
     "A map with its levels, thumbnails under the pointer, for pages without a kernel."
