@@ -305,14 +305,15 @@ class AttentionExplorer(Explorer):
         super().__init__(self.image, self.board(), self.block, self.head)
     def settle(self): # rollout is over all heads; the board shows the image and the patch
         self.head.disabled = self.block.value == 'rollout'
-        out = io.BytesIO(); Image.fromarray((picture(self.images[self.image.value]))).resize((256, 256), Image.NEAREST).save(out, 'PNG'); self.photo.value = out.getvalue()
+        out = io.BytesIO(); Image.fromarray(picture(self.images[self.image.value])).resize((256, 256), Image.NEAREST).save(out, 'PNG'); self.photo.value = out.getvalue()
         for i, b in enumerate(self.buttons): b.layout.border = '3px solid #fde047' if i == self.query else '1px solid rgba(255, 255, 255, .3)'
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70032
 @patch
 def board(self:AttentionExplorer) -> widgets.GridBox: # the image, with a button over each patch
-    h, w = self.grid; of = lambda **kw: widgets.Layout(width='auto', height='auto', min_width='0', margin='0', padding='0', **kw); self.photo = widgets.Image(layout=of(grid_area='1 / 1 / -1 / -1'))
-    self.buttons = [widgets.Button(layout=of(grid_area=f'{i//w + 1} / {i%w + 1}'), style=dict(button_color='transparent'), tooltip=f'row {i//w + 1}, column {i%w + 1}') for i in range(h*w)]
+    h, w = self.grid; of = lambda size, area: widgets.Layout(width=size, height=size, min_width='0', margin='0', padding='0', grid_area=area)
+    self.photo = widgets.Image(layout=of('100%', '1 / 1 / -1 / -1'))
+    self.buttons = [widgets.Button(layout=of('auto', f'{i//w + 1} / {i%w + 1}'), style=dict(button_color='transparent'), tooltip=f'row {i//w + 1}, column {i%w + 1}') for i in range(h*w)]
     for i, b in enumerate(self.buttons): b.on_click(lambda _, i=i: self.click(i))
     return widgets.GridBox([self.photo, *self.buttons], layout=widgets.Layout(width='260px', height=f'{260*h//w}px', margin='6px auto', grid_gap='0', grid_template_columns=f'repeat({w}, 1fr)', grid_template_rows=f'repeat({h}, 1fr)'))
 

@@ -204,7 +204,7 @@ WALK = """
 # %% ../../nbs/analyze/73_embedding.ipynb #73a7002c
 def walk_map(
     kept:dict,      # one set of load_maps(), with 'class', two of 'kind', and 'brightness'
-    n:int=240,      # images on the map; those with a thumbnail among them
+    n:int=200,      # images on the map; those with a thumbnail among them
     method='UMAP 0',
 ) -> HTML: # without scripts, under 100 kB
     "A map with its levels, thumbnails under the pointer, for pages without a kernel."
@@ -241,9 +241,9 @@ class MapExplorer(Explorer):
 
 def offer(choice:widgets.Dropdown, options:list):
     "New options; what was chosen stays so where it is still among them."
-    was = choice.value
-    if choice.options != tuple(options): choice.options = options
-    choice.value = was if was in [o[1] if isinstance(o, tuple) else o for o in options] else choice.value
+    values = [o[1] if isinstance(o, tuple) else o for o in options]; keep = choice.value if choice.value in values else values[0]
+    if choice.options != tuple(options): choice.options = options # now nothing is chosen
+    choice.value = keep
 
 # %% ../../nbs/analyze/73_embedding.ipynb #73a70025
 @patch

@@ -55,8 +55,8 @@ class MaskExplorer(Explorer):
     def __init__(self, images:Tensor): # uint8 (N,3,112,112), a few
         self.images = images; number = lambda name, v, lo, hi: widgets.FloatSlider(v, min=lo, max=hi, step=.01, description=name)
         self.grid = widgets.Dropdown(options=[('4×4', 4), ('8×8', 8), ('14×14', 14)], value=14, description='grid')
-        self.level, self.blocks = widgets.IntSlider(0, 0, 2, description='cells of'), widgets.IntSlider(2, 0, 6, description='blocks')
-        self.share, self.scale = number('hidden', .5, .1, .9), number('scale', .25, .01, .9); self.last = .25
+        self.level, self.blocks = widgets.IntSlider(1, 0, 2, description='cells of'), widgets.IntSlider(2, 0, 6, description='blocks')
+        self.share, self.scale = number('hidden', .4, .1, .9), number('scale', .2, .01, .9); self.last = .2
         self.shape = widgets.FloatLogSlider(1., base=2, min=-2, max=2, step=.25, description='shape', readout_format='.2f')
         self.image, self.draw = slider('image', len(images)), slider('draw', 21)
         super().__init__(self.grid, self.level, self.share, self.blocks, self.scale, self.shape, self.image, self.draw, above=True)
