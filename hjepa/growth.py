@@ -7,7 +7,7 @@ __all__ = ['AXES', 'SIDES', 'Loop', 'growth_recipes', 'exponent', 'turns', 'grow
            'serve_loop', 'Group', 'processes', 'bench_growth', 'price', 'said', 'growth_table', 'naive', 'one_length',
            'extra_bytes', 'bench_attention', 'attention_table', 'bench_latency', 'among', 'latency_table']
 
-# %% ../nbs/88_growth.ipynb #88a00003
+# %% ../nbs/88_growth.ipynb #88a00009
 import json, math, os, statistics, subprocess, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ from .model import build
 from .train import Trainer
 from .timing import bench_masks, bench_recipe, best_device, child_env, fewer_levels, machine, peak_bytes, ratios, timed
 
-# %% ../nbs/88_growth.ipynb #88a00006
+# %% ../nbs/88_growth.ipynb #88a00012
 class Loop:
     "One update of a training run a call."
     def __init__(self, r:Recipe, device='cpu', precision='fp32', compile=False):
@@ -37,7 +37,7 @@ class Loop:
         t = self.trainer
         t.update(next(self.batches), t.step); t.step += 1
 
-# %% ../nbs/88_growth.ipynb #88a00009
+# %% ../nbs/88_growth.ipynb #88a00015
 def growth_recipes(r:Recipe) -> dict: # axis -> {size: recipe}
     "Recipes in which one thing grows."
     B, g, half = r.train.batch, r.grid, max(r.train.batch // 2, 2)
@@ -50,7 +50,7 @@ def growth_recipes(r:Recipe) -> dict: # axis -> {size: recipe}
         levels={n: fewer_levels(r, n) for n in range(1, len(r.levels.cells) + 1)},
         views={v: recipe(r, **{'views.count': v, 'train.batch': half}) for v in (1, 2, 4)})
 
-# %% ../nbs/88_growth.ipynb #88a00012
+# %% ../nbs/88_growth.ipynb #88a00018
 def exponent(xs, seconds) -> float:
     "Slope of log time against log size."
     x, y = [torch.tensor([math.log(v) for v in vs], dtype=torch.float64) for vs in (xs, seconds)]
@@ -73,7 +73,7 @@ def grown_from(rows:list, rates) -> dict: # rows with x and batch; for each its 
     return dict(rows=[r | dict(images_per_second=statistics.median(v), rounds=v) for r, v in zip(rows, rates)],
                 exponent=statistics.median(fits), exponent_range=[min(fits), max(fits)])
 
-# %% ../nbs/88_growth.ipynb #88a00015
+# %% ../nbs/88_growth.ipynb #88a00021
 def step_flops(r:Recipe) -> tuple: # FLOPs of a step, and those of them in attention's two products
     "Counted on the CPU with two images a step."
     l = Loop(recipe(r, **{'train.batch': 2}))
@@ -87,7 +87,7 @@ def flops_growth(recipes:dict) -> dict: # tokens -> recipe
     return dict(flops_exponent=exponent(recipes, [a for a, _ in got]), flops_exponent_without_attention=exponent(recipes, [a - b for a, b in got]),
                 attention_share=[b / a for a, b in got])
 
-# %% ../nbs/88_growth.ipynb #88a00018
+# %% ../nbs/88_growth.ipynb #88a00024
 def serve_loop():
     "A process of a group: a recipe in the arguments, then numbers of steps on the first one's input; seconds and the size of the group come back."
     spec = json.loads(sys.argv[1]); torch.set_num_threads(spec['threads'])
@@ -119,7 +119,7 @@ class Group:
         with suppress(BrokenPipeError): self.proc.stdin.close()
         self.proc.wait(60); self.log.close()
 
-# %% ../nbs/88_growth.ipynb #88a00019
+# %% ../nbs/88_growth.ipynb #88a00025
 def processes(r:Recipe, device, precision, compile, images:int, rounds:int, bar) -> dict:
     "Images a second of one process and of several, in turns."
     gpu = torch.device(device).type == 'cuda'
@@ -139,7 +139,7 @@ def processes(r:Recipe, device, precision, compile, images:int, rounds:int, bar)
     if len(rows) == 3: out |= dict(threads=rows[2] | dict(images_per_second=statistics.median(rates[2]), rounds=rates[2]))
     return out
 
-# %% ../nbs/88_growth.ipynb #88a00021
+# %% ../nbs/88_growth.ipynb #88a00027
 AXES = ('batch', 'tokens', 'levels', 'views', 'processes')
 
 def bench_growth(
@@ -166,7 +166,7 @@ def bench_growth(
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res
 
-# %% ../nbs/88_growth.ipynb #88a00022
+# %% ../nbs/88_growth.ipynb #88a00028
 def price(rows:list) -> dict:
     "Time of a step with all levels over that with one, round by round."
     q = ratios(rows[0]['rounds'], rows[-1]['rounds'])
@@ -186,7 +186,7 @@ def growth_table(res:dict) -> str:
         if 'threads' in g: out.append(f"{'':10} one process with {g['threads']['threads']} threads: {g['threads']['images_per_second']:,.1f}")
     return '\n'.join(out)
 
-# %% ../nbs/88_growth.ipynb #88a00026
+# %% ../nbs/88_growth.ipynb #88a00032
 def naive(q, k, v): # (B,heads,N,D) three times
     "Attention as the formula says it."
     return (q @ k.mT * q.shape[-1]**-.5).softmax(-1) @ v
@@ -213,7 +213,7 @@ def one_length(n:int, heads:int, width:int, total:int, device, dtype, rounds:int
         out[name] = rows | ratios(secs['naive'], secs['fused'])
     return out
 
-# %% ../nbs/88_growth.ipynb #88a00027
+# %% ../nbs/88_growth.ipynb #88a00033
 def extra_bytes(f, device): # bytes, or None on mps
     "Most bytes that a call holds on top of what was there."
     before = torch.cuda.memory_allocated() if torch.device(device).type == 'cuda' else 0
@@ -235,7 +235,7 @@ def attention_table(res:dict) -> str:
     return '\n'.join([f"{res['heads']} heads of {res['width']}, {res['total']} tokens in all, {res['device']}, {res['threads']} threads, {res['precision']}",
         *(f"{r['tokens']:5} tokens: forward {part(r['forward'])}; with backward {part(r['both'])}; apart by {r['apart']:.0e}" for r in res['rows'])])
 
-# %% ../nbs/88_growth.ipynb #88a00030
+# %% ../nbs/88_growth.ipynb #88a00036
 @torch.no_grad()
 def bench_latency(encoders=('vit_tiny', 'vit_small', 'vit_base'), image:int=224, calls:int=50, device=None, precision='fp32', out=None) -> dict:
     "Milliseconds an image, all levels, beside timm's forward pass."
@@ -265,6 +265,6 @@ def latency_table(res:dict) -> str:
     return '\n'.join([f"one image of {res['image']} pixels, {res['device']}, {res['threads']} threads, {res['precision']}",
         *(f"{e:10} {k:17} {s['ms']:6.1f} ms ({s['p5']:.1f} to {s['p95']:.1f})" for e, r in res['rows'].items() for k, s in r['sides'].items())])
 
-# %% ../nbs/88_growth.ipynb #88a00032
+# %% ../nbs/88_growth.ipynb #88a00039
 #| eval: false
 if __name__ == '__main__': serve_loop()               # torch.distributed.run -m hjepa.growth
