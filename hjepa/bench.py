@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'MATCH', 'STEPS', 'bench_masks', 'width_depth', 'bench_recipe', 'Step', 'sync', 'timed', 'standing_bytes',
-           'peak_bytes', 'best_device', 'machine', 'product_rate', 'PeerStep', 'MAEStep', 'child_env', 'Peer',
-           'serve_peer', 'side', 'our_facts', 'ratios', 'bench_step', 'versus', 'of_peak', 'finish_json', 'compare',
-           'one_level', 'bench_choices', 'saved_bytes', 'weigh', 'bench_memory', 'memory_table', 'photos', 'our_views',
-           'Pictures', 'Endless', 'their_views', 'rate', 'data_share', 'bench_data', 'sides_of', 'data_table',
-           'plain_timm', 'bench_features', 'clouds', 'serve_knn', 'bench_knn', 'sklearn_probe', 'one_fit',
+           'peak_bytes', 'best_device', 'machine', 'product_rate', 'PeerStep', 'MAEStep', 'child_env', 'named_peer',
+           'Peer', 'serve_peer', 'side', 'our_facts', 'ratios', 'bench_step', 'versus', 'of_peak', 'finish_json',
+           'compare', 'one_level', 'bench_choices', 'saved_bytes', 'weigh', 'bench_memory', 'memory_table', 'photos',
+           'our_views', 'Pictures', 'Endless', 'their_views', 'rate', 'data_share', 'bench_data', 'sides_of',
+           'data_table', 'plain_timm', 'bench_features', 'clouds', 'serve_knn', 'bench_knn', 'sklearn_probe', 'one_fit',
            'sklearn_fit', 'bench_linear', 'bench_eval', 'eval_table']
 
 # %% ../nbs/90_bench.ipynb #fc025199
@@ -342,10 +342,13 @@ def child_env() -> dict: # environment of a Python that finds this package
 # %% ../nbs/90_bench.ipynb #34f6ff32
 STEPS = dict(ijepa=(PeerStep, ('src/helper.py', 'src/masks/multiblock.py', 'src/models/vision_transformer.py')), mae=(MAEStep, ('models_mae.py', 'util/misc.py', 'util/lr_sched.py')))
 
+def named_peer(peer) -> tuple: # NAME=PATH, or a path to I-JEPA -> name, path
+    name, given, path = str(peer).partition('='); return (name, path) if given else ('ijepa', name)
+
 class Peer:
     "A local checkout of a peer, running in a process of its own."
     def __init__(self, peer:str, r:Recipe, device, precision, decoder=(512, 8)): # NAME=PATH; width and depth of MAE's decoder
-        kind, _, path = str(peer).rpartition('='); kind, path, e = kind or 'ijepa', Path(path).expanduser().resolve(), r.encoder
+        kind, path = named_peer(peer); path, e = Path(path).expanduser().resolve(), r.encoder
         if kind not in STEPS: raise HJEPAError(f"There is no peer '{kind}'." + nearest(kind, STEPS))
         if not all((path/f).is_file() for f in STEPS[kind][1]):
             raise HJEPAError(f"{path} is no checkout of {STEPS[kind][0].name}: clone it with git and give that folder.")
@@ -429,7 +432,7 @@ def bench_step(
             if other: times[1].append(other.ask(steps))
         res = dict(what='full training step on resident images: masks, target, context, predictor, backward, optimizer, EMA; no augmentation',
             **machine(device), precision=precision, compile=compile, batch=r.train.batch, seed=r.seed, steps=steps, warm=warm,
-            recipe=r.model_dump(mode='json'), decoder=decoder if other and str(peer).startswith('mae=') else None, ours=side(times[0], steps, r) | our_facts(ours))
+            recipe=r.model_dump(mode='json'), decoder=decoder if other and named_peer(peer)[0] == 'mae' else None, ours=side(times[0], steps, r) | our_facts(ours))
         if other: res |= versus(res['ours'], times[1], other.ask(0), steps, r)
     finally:
         if other: other.close()
