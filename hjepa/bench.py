@@ -423,7 +423,7 @@ def bench_step(
     "Speed and cost of the full training step, alone or beside the peer's."
     start, device, r = time.perf_counter(), device or best_device(), recipe(r, **({'train.batch': batch} if batch else {}))
     ours = Step(r, device, precision, compile)
-    other, times = Peer(peer, r, device, precision, width_depth(decoder, 'decoder')) if peer else None, ([], [])
+    before, other, times = product_rate(device, precision), Peer(peer, r, device, precision, width_depth(decoder, 'decoder')) if peer else None, ([], [])
     try:
         timed(ours, max(warm, 1), device)
         if other: other.ask(max(warm, 1))
@@ -436,7 +436,7 @@ def bench_step(
         if other: res |= versus(res['ours'], times[1], other.ask(0), steps, r)
     finally:
         if other: other.close()
-    return finish_json(of_peak(res, product_rate(device, precision)) | dict(stages=ours.stages(steps)) | dict(seconds=round(time.perf_counter() - start, 1)), out)
+    return finish_json(of_peak(res, max(before, product_rate(device, precision))) | dict(stages=ours.stages(steps)) | dict(seconds=round(time.perf_counter() - start, 1)), out)
 
 # %% ../nbs/90_bench.ipynb #9e586b9a
 def versus(ours:dict, times:list, facts:dict, steps:int, r:Recipe) -> dict:
