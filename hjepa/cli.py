@@ -29,7 +29,7 @@ from .evaluate.suite import SUITES, evaluate as run_suite, side_by_side
 from .train import fit, read_rows
 from .sweep import read_sweep, sweep, sweep_table
 from .growth import AXES, attention_table, bench_attention, bench_growth, bench_latency, growth_table, latency_table
-from .bench import bench_data, bench_eval, bench_memory, eval_table, bench_recipe, bench_step, data_table, memory_table
+from .bench import bench_data, bench_eval, bench_memory, eval_table, bench_recipe, bench_step, data_table, memory_table, named_peer
 
 # %% ../nbs/91_cli.ipynb #56fd5e5d
 def overrides(words:list) -> dict: # ['lr=1e-3', ...] -> recipe changes
@@ -176,7 +176,7 @@ def show_recipes(args):
 def described(args):
     "The recipe that a benchmark of the step is about."
     given = {k: v for k in ('encoder', 'image', 'patch', 'batch', 'predictor') if (v := getattr(args, k, None)) is not None}
-    if getattr(args, 'match', None): given['match'] = (args.peer or 'ijepa').rpartition('=')[0] or 'ijepa'
+    if getattr(args, 'match', None): given['match'] = named_peer(args.peer or 'ijepa')[0]
     if args.recipe and given: raise HJEPAError(f"--{next(iter(given))} describes a recipe and --recipe names one: give one of them, or change the named one with key=value.")
     return recipe(recipe(args.recipe) if args.recipe else bench_recipe(**given), **overrides(args.change))
 

@@ -7,7 +7,7 @@ The file is written anew after every measurement, so a command that is cut short
 import argparse, json, os, sys, time
 from pathlib import Path
 import torch
-from hjepa.bench import bench_choices, bench_recipe, bench_step, best_device, machine
+from hjepa.bench import bench_choices, bench_recipe, bench_step, best_device, machine, named_peer
 from hjepa.config import HJEPAError, recipe
 
 BATCH = dict(vit_tiny=256, vit_small=256, vit_base=128)
@@ -35,7 +35,7 @@ def options():
 def plan(a):
     "What to measure, the most wanted first: (name, recipe, compile, is it the table of choices?)."
     size = lambda r: recipe(r, **{'encoder.depth': 2, 'levels.depths': (1, 1, 2)}) if a.tiny and not a.peer else r
-    like = (a.peer or 'ijepa').rpartition('=')[0] or 'ijepa'
+    like = named_peer(a.peer or 'ijepa')[0]
     make = lambda e, m: size(bench_recipe(e, a.image, a.patch, a.batch or BATCH[e], PREDICTOR[e], like if m else None))
     for on in {'off': [False], 'on': [True], 'both': [False, True]}[a.compile]:
         for e in a.encoders:
