@@ -134,7 +134,7 @@ class Dashboard:
         import ipywidgets as W
         from IPython.display import display
         self.button = W.Button(description='Stop and save', icon='stop', tooltip='as Ctrl-C, or interrupting the kernel: the same call goes on from there')
-        self.says, self.view, self.png, self.last = W.HTML(), W.Image(format='png', layout=W.Layout(max_width='100%')), None, None
+        self.says, self.view, self.png, self.last = W.HTML(), W.Image(format='png', layout=W.Layout(max_width='100%', display='none')), None, None
         self.button.on_click(lambda _: self.press(stop))
         self.button.comm._reply_subshell_for = None     # ipykernel from 7.4 on would hand clicks to the thread that made the button, the busy one
         self.drawn, self.cost, self.share, self.heard = None, 0., share, hears_clicks()
@@ -171,7 +171,7 @@ def draw(self:Dashboard, tr, question):
     left, rate = int((tr.steps - 1 - row['step']) * tr.r.train.batch / max(row['images_per_second'], 1e-9)), row['images_per_second']
     title = f"{tr.r.name}: step {row['step'] + 1:,} of {tr.steps:,} · {rate:,.0f} images/s · {left // 60}:{left % 60:02} left"
     draw_run(tr.rows, tr.monitor.rows if tr.monitor else [], self.words, tr.steps, question, title).savefig(out, format='png')
-    self.png = self.view.value = out.getvalue()
+    self.png = self.view.value = out.getvalue(); self.view.layout.display = ''
 
 def dashboard(stop, live, say=print): # as above; True, False, or None: in a notebook yes
     "A dashboard to be entered. Where there can be none it yields None, and if it was asked for, says why."
