@@ -60,11 +60,17 @@ def span(r, lo=None, hi=None):
     if isinstance(r, dict): r, lo, hi = r['ratio'], *r.get('ratio_range', (r.get('lo'), r.get('hi')))
     return f'{r:.2f} ({lo:.2f} to {hi:.2f})'
 
+def latency(row):
+    ours, theirs = row['sides'].values(); return f"{ours['ms']:.0f} ms, timm {theirs['ms']:.0f} ms"
+
 STEP = {'vit_tiny': 'ViT-Ti/16', 'vit_small': 'ViT-S/16', 'vit_base': 'ViT-B/16'}
 ON_CPU = [ # what, aim, file, its figures in words
     *((f'step, {STEP[e]}, 224 px, beside {who}', aim, f'speed_step_cpu_{e}{f}.json', span) for e in ('vit_tiny', 'vit_small') for who, aim, f in (
-        ("I-JEPA's code", '≥ 3', ''), ("I-JEPA's code, as many tokens as it asks", '', '_match'), ("I-JEPA's code, targets from the first 6 of 12 blocks", '', '_half'),
+        ("I-JEPA's code", '≥ 3', ''), ("I-JEPA's code, as many tokens as it asks", '', '_match'),
         ("MAE's code, its decoder as published", '≥ 2', '_mae'), ("MAE's code, its decoder as large as our predictor", '≥ 2', '_mae_decoder'))),
+    ("one image, all levels, ViT-Ti/16, 224 px, two threads, beside timm's plain forward", '< 20 ms', 'speed_latency_cpu.json', lambda d: latency(d['rows']['vit_tiny'])),
+    ('a step of three levels beside one of one, ViT-Ti/16: what the hierarchy costs', '≤ +5 % time', 'speed_growth_cpu_levels.json', lambda d: '{:+.0%} ({:+.0%} to {:+.0%})'.format(d['axes']['levels']['price'], *d['axes']['levels']['price_range'])),
+    ('fused attention, forward, beside the formula, 64 and 4,096 tokens', '', 'speed_attention_cpu.json', lambda d: ' and '.join(span(r['forward']) for r in (d['rows'][0], d['rows'][-1]))),
     ('the default step, every switch there and off, beside the step from before there were switches', '1', 'switches_off_cpu.json', lambda d: '; '.join(f"{span(1/r['ratio'], 1/r['hi'], 1/r['lo'])} {k}" for k, r in d['rows'].items())),
     ("two views of CIFAR-10 from memory, beside torchvision's `DataLoader` and transforms", '', 'data_cifar10_cpu.json', span),
     ('two 224 px views of JPEGs of 500×375, beside the same', '', 'data_photos_cpu.json', lambda d: f"{span(d)}; {d['step']['share_waited']:.1%} of a ViT-S/16 step waits for data"),
@@ -80,16 +86,17 @@ ON_GPU = [ # what, aim, files, run in such a file, its figures in words
     ('gradient checkpointing, ViT-B/16, bf16, images a second', '≥ 0.80; memory of the step ≤ 0.40', 'memory_[!c]*.json', None, lambda d: f"{1/d['time']:.2f}; memory of the step {d['saved']:.2f}")]
 
 def speeds():
-    "What was measured, from the files it was written to; `waiting` where there is none."
-    rows, res = ['| on two CPU cores | aim | images a second, ours over theirs | device, threads | file |', '|---|---|---|---|---|'], ROOT/'results'
-    def row(what, aim, file, part, say):
+    "What was measured, from the files it was written to; `waiting` where there is none. A link names the commit and leads to the file."
+    head, res = '| {} | aim | measured | commit, file |\n|------------|---|------|---|', ROOT/'results'
+    def row(what, aim, file, part, say, where=''):
         d = json.loads(file.read_text(encoding='utf-8')); m = d.get('machine', d); d = d['runs'][part] if part else d
-        return f"| {what} | {aim} | {say(d)} | {m['device']}, {m['threads']} | `results/{file.name}` |"
-    for what, aim, f, say in ON_CPU: rows.append(row(what, aim, res/f, None, say) if (res/f).exists() else f'| {what} | {aim} | waiting | | |')
-    rows += ['', '| on one GPU | aim | measured | device, threads | file |', '|---|---|---|---|---|']
+        return f"| {what} | {aim} | {say(d)}{where and ', ' + m['device']} | [{m['commit'][:7]}](../results/{file.name}) |"
+    rows = [head.format('on two CPU cores: images a second, ours over theirs')]
+    for what, aim, f, say in ON_CPU: rows.append(row(what, aim, res/f, None, say) if (res/f).exists() else f'| {what} | {aim} | waiting | |')
+    rows += ['', head.format('on one GPU: images a second, ours over theirs')]
     for what, aim, f, part, say in ON_GPU:
         files = [p for p in sorted(res.glob(f)) if not part or part in json.loads(p.read_text(encoding='utf-8')).get('runs', {})]
-        rows += [row(what, aim, p, part, say) for p in files] or [f'| {what} | {aim} | waiting | | |']
+        rows += [row(what, aim, p, part, say, 'on') for p in files] or [f'| {what} | {aim} | waiting | |']
     return '\n'.join(rows)
 
 def fill_index():
