@@ -182,7 +182,7 @@ def growth_table(res:dict) -> str:
         rate = ', '.join(f"{r['x']}: {r['images_per_second']:,.1f}" for r in g['rows'])
         out.append(f"{a:10} images/s at {rate}" + (f"; time ~ x^{g['exponent']:.2f} {span(g['exponent_range'], '{:.2f}')}" if 'exponent' in g else ''))
         if 'flops_exponent' in g: out.append(f"{'':10} FLOPs ~ x^{g['flops_exponent']:.2f}, without attention x^{g['flops_exponent_without_attention']:.2f}; attention's share {g['attention_share'][0]:.0%} to {g['attention_share'][-1]:.0%}")
-        if 'price' in g: out.append(f"{'':10} {g['rows'][-1]['x']} levels take {g['price']:+.1%} {span(g['price_range'], '{:+.1%}')} of the time of one")
+        if 'price' in g: out.append(f"{'':10} {g['rows'][-1]['x']} levels take {g['price']:+.1%} {span(g['price_range'], '{:+.1%}')} against the time of one")
         if 'threads' in g: out.append(f"{'':10} one process with {g['threads']['threads']} threads: {g['threads']['images_per_second']:,.1f}")
     return '\n'.join(out)
 

@@ -32,12 +32,12 @@ main { flex:1 1 auto; min-width:0; max-width:52rem; padding:1.2rem 1.6rem 4rem; 
 nav#TOC { flex:0 0 13rem; position:sticky; top:0; max-height:100vh; overflow:auto; padding:1.6rem 1rem; font-size:.83rem; } nav#TOC ul { list-style:none; margin:0; padding-left:.8rem; }
 h1,h2,h3 { line-height:1.25; } h2 { border-bottom:1px solid var(--line); padding-bottom:.2rem; margin-top:2.2rem; } hr { border:0; border-top:1px solid var(--line); margin:1.6rem 0; }
 pre { background:var(--code); padding:.65rem .9rem; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; border-radius:4px; font-size:.85rem; line-height:1.45; } code { font-family:ui-monospace, monospace; } :not(pre)>code { background:var(--code); padding:.08em .3em; border-radius:3px; font-size:.88em; }
-pre.output { background:none; white-space:pre; border-left:3px solid var(--line); border-radius:0; margin-top:-.6rem; } img { max-width:100%; } figure { margin:1rem 0; } figcaption { color:var(--dim); font-size:.85rem; }
-table { border-collapse:collapse; font-size:.9rem; display:block; overflow:auto; } th,td { border-bottom:1px solid var(--line); padding:.25rem .7rem; text-align:left; vertical-align:top; }
+pre.output { background:none; border-left:3px solid var(--line); border-radius:0; margin-top:-.6rem; } img { max-width:100%; } figure { margin:1rem 0; } figcaption { color:var(--dim); font-size:.85rem; }
+col { width:auto !important; } table { border-collapse:collapse; font-size:.9rem; display:block; overflow:auto; } th,td { border-bottom:1px solid var(--line); padding:.25rem .7rem; text-align:left; vertical-align:top; }
 blockquote { margin-left:0; padding-left:1rem; border-left:3px solid var(--line); color:var(--dim); } [class*=callout] { border-left:4px solid var(--link); background:var(--code); padding:.2rem 1rem; margin:1rem 0; }
 .turn { display:flex; justify-content:space-between; border-top:1px solid var(--line); margin-top:3rem; padding-top:.8rem; }
 .kw,.cf,.im { color:var(--kw); } .st,.ss,.vs,.ch { color:var(--st); } .dv,.fl,.bn,.va,.cn { color:var(--nu); } .co,.do { color:var(--co); font-style:italic; } .fu,.bu,.at { color:var(--fn); }
-@media (max-width:70rem) { nav#TOC { display:none; } } @media (max-width:46rem) { .page { display:block; } nav.side { position:static; max-height:none; } }
+@media (max-width:70rem) { nav#TOC { display:none; } } @media (max-width:46rem) { .page { flex-direction:column; } nav.side { position:static; max-height:none; order:1; } main { max-width:100%; } }
 """
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -84,7 +84,7 @@ def outputs(c, d, save):
         data = {k: ''.join(v) if isinstance(v, list) else v for k, v in o.get('data', {}).items()}
         if 'image/svg+xml' in data: yield picture(data['image/svg+xml'].encode(), 'svg')
         elif mime := next((m for m in ('image/png', 'image/jpeg') if m in data), None): yield picture(base64.b64decode(data[mime]), mime[6:])
-        elif 'text/markdown' in data: yield data['text/markdown'] + '\n'
+        elif 'text/markdown' in data: yield data['text/markdown'].replace('*Call self as a function.*', '') + '\n'   # nbdev's words for a function without a docstring
         elif 'text/html' in data: yield f'```{{=html}}\n{data["text/html"]}\n```\n'
         elif 'text/plain' in data: yield fence(data['text/plain'], 'output')
 
@@ -136,7 +136,7 @@ def build():
                 return m[0]
             md = '\n'.join(markdown(nbs[p], save)).replace(f']({base}/', f']({root}')
             md = re.sub(r'(\]\()(?![a-z]+:|#|/)([^)#\s]+)((?:#[^)\s]*)?\))', local, md)
-            v = dict(pagetitle=name[p], desc=re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(front(nbs[p]).get('description', ''), quote=False)), side='\n'.join(side), turn='\n'.join(turn), root=root)
+            v = dict(pagetitle=name[p], desc=re.sub(r'\*([^*]+)\*', r'<em>\1</em>', re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(front(nbs[p]).get('description', ''), quote=False))), side='\n'.join(side), turn='\n'.join(turn), root=root)
             args = ['--standalone', f'--template={tpl}', '--mathml', '--toc', '--toc-depth=3', *(f'--variable={k}={x}' for k, x in v.items() if x)]
             out.parent.mkdir(parents=True, exist_ok=True)
             page_html = pypandoc.convert_text(md, 'html5', format='markdown', extra_args=args)
