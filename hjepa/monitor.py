@@ -90,7 +90,7 @@ def draw_looks(ax, looks:list, steps:int): # of monitor.csv; of the whole run
         if looks and k in looks[0]:
             ax.plot([r['step'] for r in looks], [max(r[k] / max(looks[0][k], 1e-9), .03) for r in looks], 'o-', ms=3, c=c, label=f'{name}: {looks[-1][k]:.3f}')
     ax.axhspan(.03, .1, color='#c2410c', alpha=.12, lw=0)
-    ax.set(xlabel='step', ylabel='times the untrained', yscale='log', xlim=(0, steps), ylim=(.03, 10)); ax.set_yticks((.1, 1, 10), ('0.1', '1', '10')); ax.minorticks_off()
+    ax.set(xlabel='step', ylabel='times the untrained', yscale='log', xlim=(0, steps), ylim=(.03, 60)); ax.set_yticks((.1, 1, 10), ('0.1', '1', '10')); ax.minorticks_off()
     if looks: ax.legend(fontsize=8, ncols=2, loc='upper right', handlelength=1, columnspacing=1)
     ax.locator_params('x', nbins=4)
 

@@ -204,11 +204,11 @@ sign = dict(fine='‹', coarse='›')
 def plot_matrices(r:dict, which=('hjepa', 'untrained', 'pooled_l0', 'supervised')): # of affinity(); arms
     "Affinity of tasks and levels, an arm a panel. Framed: the best level, dotted if not shown to be best; ‹ expected fine, › coarse."
     which = [k for k in which if k in r]; names = list(r[which[0]]['matrix'])
-    fig, axes = plt.subplots(1, len(which), figsize=(1 + 1.15*len(which), .7 + .27*len(names)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(which), figsize=(1 + 1.6*len(which), .7 + .32*len(names)), sharey=True, squeeze=False)
     for ax, k in zip(axes[0], which):
         a = values(r[k]['matrix']); ax.imshow(a, cmap='Greys', vmin=0, vmax=1, aspect='auto'); ax.grid(False)
         for (t, l), v in np.ndenumerate(a):
-            ax.text(l, t, f'{round(v, 2) + 0.:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=8, color='white' if v > .55 else 'black')
+            ax.text(l, t, f'{round(v, 2) + 0.:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=9, color='white' if v > .55 else 'black')
         for t, b in enumerate(r[k]['best'].values()): ax.add_patch(plt.Rectangle((b['level'] - .46, t - .46), .92, .92, fill=False, ec='#c2410c', lw=1.6, ls='-' if max(b['p'].values()) < .05 else ':'))
         ax.set(title=titles[k], xticks=range(a.shape[1]), yticks=range(len(names)), xlabel='level')
         ax.set_yticklabels([f"{n} {sign.get(m['expect'], ' ')}" for n, m in r[k]['matrix'].items()])
