@@ -113,7 +113,7 @@ class Group:
             return seconds
         except (BrokenPipeError, json.JSONDecodeError):
             self.proc.wait(); self.log.seek(0)
-            last = [l for l in self.log.read().splitlines() if 'Error' in l] or ['no word']
+            last = [l for l in self.log.read().splitlines() if 'Error: ' in l] or ['no word']
             raise HJEPAError(f'The group of processes ended early ({last[0].strip()}): leave the axis processes out, or train with that many to see why.') from None
     def close(self):
         with suppress(BrokenPipeError): self.proc.stdin.close()

@@ -9,7 +9,7 @@ from hjepa.timing import bench_recipe, fewer_levels
 from tiny import tiny
 
 SMALL = 'encoder.dim=16 encoder.heads=2 encoder.depth=2 levels.depths=[1,2,2] predictor.heads=2'.split()
-TOY = '--device cpu --image 96 --patch 8 --batch 4 --predictor 16x1 --images 4 --rounds 2'.split()
+TOY = '--device cpu --image 96 --patch 8 --batch 4 --predictor 24x1 --images 4 --rounds 2'.split()
 
 class Bar:
     n = 0
