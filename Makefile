@@ -34,7 +34,8 @@ test: $(STAMP) ## the gates, the notebooks, the tests (FLAGS='slow' runs flagged
 
 test-browser: $(STAMP) docs ## JupyterLab and the site in Chromium, pictures in build/ (not part of make test)
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -e '.[browser]'
-	$(BIN)/python -m pytest tests/browser.py tests/browser_live.py -q
+	$(BIN)/python -m pytest tests/browser.py -q
+	$(BIN)/python -m pytest tests/browser_live.py -q
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=nbs
