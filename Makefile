@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Threads that wait give up their core soon: see nbs/91_cli.ipynb.
 export GOMP_SPINCOUNT ?= 1000
-LIMIT := $(if $(shell command -v timeout),timeout 900,)
+LIMIT := $(if $(shell command -v timeout),timeout 1800,)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-browser lab docs export clean hooks install
