@@ -1,0 +1,78 @@
+"""Accuracy against images seen and against minutes: the hierarchy, its flat twin and its peers, on the same axes.
+
+    python bench/curves.py --state runs/curves --json results/curves_cifar10_cpu.json
+
+Every arm has the recipe's encoder, data and batch, and the steps that fit into --minutes at its own speed, which is measured
+in turn, arm by arm, before anything is trained; a minute on the axis is that measured time, so what else the machine does
+later changes no result. At each look both probes judge the slow copy as it is then, in the middle of its schedule, at the
+level that a tenth of the labels chooses: 5,000 labelled training images, and 5,000 others that no arm was trained on. The
+test split is never read. Stopped and started again, it goes on where it was; several seeds may run beside each other in one
+--state, and a last call with all of them writes the file.
+"""
+import argparse, json, sys
+from pathlib import Path
+import torch
+from arms import steps_in
+from hjepa.bench import machine, one_level
+from hjepa.config import change, peer, recipe, to_yaml
+from hjepa.data.sets import load
+from hjepa.evaluate.features import features
+from hjepa.evaluate.probes import choose_level, knn_probe, linear_probe, pixels, stratified_subset
+from hjepa.files import write
+from hjepa.model import build
+from hjepa.monitor import Monitor
+from hjepa.train import Trainer, finish, read_rows
+
+PROBES = dict(linear=linear_probe, knn=knn_probe)
+
+def arms(r): # name -> recipe
+    return {'hierarchy': r, 'one level': one_level(r), 'hierarchy, VICReg': change(r, **{'whole.kind': 'vicreg', 'whole.args': {}}),
+            **{name: peer(key, r) for name, key in {'I-JEPA': 'ijepa', 'MAE': 'mae', 'LeJEPA': 'lejepa', 'VICReg alone': 'vicreg'}.items()}}
+
+def judged(feats, some, held) -> dict: # feats: level -> (labelled, held out)
+    "Both probes, at the level each chooses."
+    out = {}
+    for p, probe in PROBES.items():
+        scores = [probe(x, some.labels, xt, held.labels, seed=0) for x, xt in feats]; l = choose_level(scores)
+        out |= {p: scores[l].acc, f'{p}_lo': scores[l].lo, f'{p}_hi': scores[l].hi, f'{p}_level': l}
+    return out
+
+class Looks(Monitor):
+    "A monitor that judges as a report does."
+    def __init__(self, some, held): super().__init__(None); self.some, self.held = some, held
+    def check(self, model, step):
+        training = model.training; model.eval()
+        pair = [features(model, s, dict(levels=['mean']))['levels']['mean'] for s in (self.some, self.held)]
+        self.rows.append(dict(step=step, **judged(list(zip(*pair)), self.some, self.held))); self.start = {}
+        model.train(training); return []
+
+def curve(r, train, some, held, out) -> list: # rows of monitor.csv; None when it was stopped
+    "Train, looking now and then; or go on; or only read."
+    if (out / 'run.json').exists(): return read_rows(out / 'monitor.csv')
+    out.mkdir(parents=True, exist_ok=True)
+    tr = Trainer(r, build(r), train.images, train.labels, out, False); tr.monitor = Looks(some, held)
+    if not tr.restore(): tr.plan(); write(out / 'config.yaml', to_yaml(r)); tr.save()
+    done = tr.run()
+    if done: finish(tr, done)
+    return tr.monitor.rows if done else None
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--minutes', type=float, default=3.); p.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2], help='none: only measure the speeds'); p.add_argument('--looks', type=int, default=6)
+    p.add_argument('--recipe', default='cifar10-cpu'); p.add_argument('--state', required=True, metavar='DIR'); p.add_argument('--json', metavar='FILE')
+    a = p.parse_args(); base = recipe(a.recipe); every = load(base.data.name, 'train', image=base.data.image)
+    apart = stratified_subset(every.labels, 5000, 1234); keep = torch.ones(len(every), dtype=torch.bool); keep[apart] = False
+    train, held = every.subset(keep.nonzero()[:, 0]), every.subset(apart); some = train.subset(stratified_subset(train.labels, 5000, 0))
+    rs, state = arms(base), Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
+    steps = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {}); plan.write_text(json.dumps(steps)); print(steps, flush=True)
+    facts, runs = machine('cpu'), []
+    for seed in a.seeds:
+        for k, r in rs.items():
+            rows = curve(change(r, seed=seed, steps=steps[k], monitor=a.looks), train, some, held, state / f"{k.replace(' ', '-')}-{seed}")
+            if rows is None: return 130
+            runs.append(dict(arm=k, seed=seed, rows=[dict(images=w['step'] * r.train.batch, minutes=round(a.minutes * w['step'] / steps[k], 3), **w) for w in rows]))
+            print(k, seed, ' '.join(f"{100 * w['linear']:.1f}/{100 * w['knn']:.1f}" for w in rows), flush=True)
+    if a.json: write(Path(a.json), json.dumps(dict(facts, command=' '.join(['python', *sys.argv]), minutes=a.minutes, steps=steps, recipe=base.model_dump(mode='json'),
+        pixels=judged([(pixels(some), pixels(held))], some, held), runs=runs), indent=1) + '\n')
+
+if __name__ == '__main__': sys.exit(main())
