@@ -16,8 +16,8 @@ from arms import steps_in
 from hjepa.bench import machine, one_level
 from hjepa.config import change, peer, recipe, to_yaml
 from hjepa.data.sets import load
-from hjepa.evaluate.features import features
-from hjepa.evaluate.probes import choose_level, knn_probe, linear_probe, pixels, stratified_subset
+from hjepa.evaluate.features import features, pixels
+from hjepa.evaluate.probes import choose_level, knn_probe, linear_probe, stratified_subset
 from hjepa.files import write
 from hjepa.model import build
 from hjepa.monitor import Monitor
