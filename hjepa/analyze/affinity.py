@@ -204,7 +204,7 @@ sign = dict(fine='‹', coarse='›')
 def plot_matrices(r:dict, which=('hjepa', 'untrained', 'pooled_l0', 'supervised')): # of affinity(); arms
     "Affinity of tasks and levels, an arm a panel. Framed: the best level, dotted if not shown to be best; ‹ expected fine, › coarse."
     which = [k for k in which if k in r]; names = list(r[which[0]]['matrix'])
-    fig, axes = plt.subplots(1, len(which), figsize=(1 + 1.6*len(which), .7 + .32*len(names)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(which), figsize=(1 + 1.35*len(which), .7 + .32*len(names)), sharey=True, squeeze=False)
     for ax, k in zip(axes[0], which):
         a = values(r[k]['matrix']); ax.imshow(a, cmap='Greys', vmin=0, vmax=1, aspect='auto'); ax.grid(False)
         for (t, l), v in np.ndenumerate(a):
@@ -216,10 +216,10 @@ def plot_matrices(r:dict, which=('hjepa', 'untrained', 'pooled_l0', 'supervised'
 
 def plot_slopes(r:dict): # of affinity()
     "Coarsest level minus level 0, by task and arm."
-    names = list(r['hjepa']['matrix']); fig, ax = plt.subplots(figsize=(4.6, .7 + .38*len(names)))
+    names = list(r['hjepa']['matrix']); fig, ax = plt.subplots(figsize=(5.6, 1 + .38*len(names)))
     for j, k in enumerate(r):
         s = [m['slope'] for m in r[k]['matrix'].values()]; y = np.arange(len(names)) + .14*(j - (len(r)-1)/2)
         ax.errorbar([v['value'] for v in s], y, xerr=[[v['value'] - v['lo'] for v in s], [v['hi'] - v['value'] for v in s]], fmt='o', ms=4, lw=1.2, color=arm_colors[k], label=titles[k])
     ax.axvline(0, color='k', lw=.8); ax.set(yticks=range(len(names)), xlabel='affinity, coarsest level minus level 0'); ax.invert_yaxis()
-    ax.set_yticklabels([f"{n} {sign.get(m['expect'], ' ')}" for n, m in r['hjepa']['matrix'].items()]); ax.legend(fontsize=7.5)
+    ax.set_yticklabels([f"{n} {sign.get(m['expect'], ' ')}" for n, m in r['hjepa']['matrix'].items()]); fig.legend(loc='outside lower center', ncols=len(r))
     return fig

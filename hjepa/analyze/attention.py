@@ -225,7 +225,7 @@ def forest(ax, table:dict, key:str, names, scale=1., zero=None): # {arm: {map: {
 def plot_games(result:dict): # what bench/attention.py writes -> a figure
     "Both games, trained beside untrained beside players that need no training; 95 % intervals over images."
     games = (('deletion', 'gain', 'Deletion: points of probability\ngained on random order'), ('pointing', 'hit', 'Pointing: share of the warmest\ncell on the object, %'))
-    fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.8))
+    fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.8))
     for ax, (game, key, label) in zip(axes, games):
         maps = result[game]['maps']; names = [*(n for n in maps['hjepa'] if 'head' not in n), *maps['control']]
         forest(ax, maps, key, names, 100, 0 if game == 'deletion' else 100*result[game]['chance']['maps']['mean'])
@@ -234,7 +234,9 @@ def plot_games(result:dict): # what bench/attention.py writes -> a figure
     return fig
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70026
-def picture(x:Tensor): return x.permute(1, 2, 0).cpu().numpy() # (3,H,W) uint8
+def picture(x:Tensor) -> np.ndarray: # (3,H,W) uint8 -> (H,W,3)
+    "An image as matplotlib wants it."
+    return x.permute(1, 2, 0).cpu().numpy()
 
 def heat(ax, m, image=None, lo=None, hi=None): # m (h,w); image (3,H,W) uint8 beneath it
     "A map; where an image lies beneath, the warmest cell is framed."
@@ -276,13 +278,13 @@ def plot_heads(
     outline=None,  # (S,S) bool
 ):  # a figure
     "Heads side by side, each with the range of its weights in %."
-    n = max(map(len, rows.values())); fig, axes = plt.subplots(len(rows), n, figsize=(.95*n + .8, 1.25*len(rows)), squeeze=False)
+    n = max(map(len, rows.values())); fig, axes = plt.subplots(len(rows), n, figsize=(1.3*n + .8, 1.7*len(rows)), squeeze=False)
     for line, (name, heads) in zip(axes, rows.items()):
         for ax in line: hide_axes(ax)
         for ax, (head, m) in zip(line, heads.items()):
-            m = np.asarray(m); heat(ax, m); ax.set_title(f'{head}\n{100*m.min():.1f} to {100*m.max():.1f}', fontsize=8)
+            m = np.asarray(m); heat(ax, m); ax.set_title(f'{head}\n{100*m.min():.1f} to {100*m.max():.1f} %')
             if outline is not None: outlined(ax, outline, m.shape)
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(name, rotation=0, ha='right', va='center')
     return fig
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70031
@@ -310,7 +312,8 @@ class AttentionExplorer(Explorer):
 
 # %% ../../nbs/analyze/72_attention.ipynb #72a70032
 @patch
-def board(self:AttentionExplorer) -> widgets.GridBox: # the image, with a button over each patch
+def board(self:AttentionExplorer) -> widgets.GridBox:
+    "The image, with a button over each patch."
     h, w = self.grid; of = lambda size, area: widgets.Layout(width=size, height=size, min_width='0', margin='0', padding='0', grid_area=area)
     self.photo = widgets.Image(layout=of('100%', '1 / 1 / -1 / -1'))
     self.buttons = [widgets.Button(layout=of('auto', f'{i//w + 1} / {i%w + 1}'), style=dict(button_color='transparent'), tooltip=f'row {i//w + 1}, column {i%w + 1}') for i in range(h*w)]
@@ -329,7 +332,7 @@ def figure(self:AttentionExplorer) -> Figure:
     i, b, (h, w) = self.image.value, self.block.value, self.grid
     x, (r, c) = self.images[i:i+1], divmod(self.query, w); grids = [(l, g) for l, g in enumerate(next(iter(self.models.values())).grids) if tuple(g) != (1, 1)]
     with style():
-        fig = Figure(figsize=(1.9*(2 + len(grids)) + .3, 4.2), layout='constrained'); axes = fig.subplots(2, 2 + len(grids))
+        fig = Figure(figsize=(1.6*(2 + len(grids)) + .3, 3.8), layout='constrained'); axes = fig.subplots(2, 2 + len(grids))
         for line, (name, m) in zip(axes, self.models.items()):
             line[0].imshow(picture(x[0]), extent=(0, w, h, 0)); line[0].add_patch(_frame(r, c, '#fde047')); hide_axes(line[0]); line[0].set_ylabel(name)
             ws = [a[i:i+1] for a in self.weights[name]]
@@ -337,5 +340,5 @@ def figure(self:AttentionExplorer) -> Figure:
             heat(line[1], received(a, self.grid, self.query)[0].cpu(), x[0])
             alike = similarity(m, x, ((r + .5)/h, (c + .5)/w), self.means[name], [z[i:i+1] for z in self.tokens[name]])
             for ax, (l, g) in zip(line[2:], grids): heat(ax, alike[l][0], x[0], -1, 1)
-        for ax, t in zip(axes[0], ('the patch', 'it attends to', *(f'like it, level {l} ({g[0]}×{g[1]})' for l, g in grids))): ax.set_title(t, fontsize=9)
+        for ax, t in zip(axes[0], ('the patch', 'it attends to', *(f'like it, level {l}\n({g[0]}×{g[1]})' for l, g in grids))): ax.set_title(t, fontsize=9)
     return fig

@@ -81,7 +81,9 @@ class Cascade:
     "An encoder with a calibrated probe at every exit."
     def __init__(self, exits:Exits, heads, temperatures): # a LinearHead and a number for each exit, from the pixels on
         self.exits, self.heads, self.T = exits, heads, temperatures
-    def ask(self, k:int, f:Tensor) -> tuple: return (self.heads[k].logits(f) / self.T[k]).softmax(-1).max(-1) # (B,F) -> confidences, classes
+    def ask(self, k:int, f:Tensor) -> tuple: # (B,F) features at exit k -> confidences, classes
+        "What the probe of an exit says."
+        return (self.heads[k].logits(f) / self.T[k]).softmax(-1).max(-1)
     @torch.no_grad()
     def __call__(self,
         images,     # uint8 (N,3,H,W), ImageSet or lazy
@@ -123,8 +125,12 @@ class Table:
     conf:np.ndarray  # (N,K) calibrated confidence at each exit
     right:np.ndarray # (N,K) bool
     ece:list; auroc:list # per exit: calibration error, and how well confidence tells right from wrong
-    def only(self, exits): return Table(self.conf[:, exits], self.right[:, exits], self.ece[exits], self.auroc[exits]) # a slice of the exits
-    def leave(self, tau): return np.argmax(np.c_[self.conf[:, :-1] >= tau, np.ones(len(self.conf), bool)], 1) # (N,) exits
+    def only(self, exits:slice):
+        "The same with some of the exits."
+        return Table(self.conf[:, exits], self.right[:, exits], self.ece[exits], self.auroc[exits])
+    def leave(self, tau) -> np.ndarray: # (N,) exits
+        "Where each image leaves that asks for this confidence."
+        return np.argmax(np.c_[self.conf[:, :-1] >= tau, np.ones(len(self.conf), bool)], 1)
 
 @torch.no_grad()
 def exit_features(exits:Exits, images, batch:int=500) -> list: # a (N,F) an exit, pixels first
@@ -232,24 +238,24 @@ def clock(
 # %% ../../nbs/analyze/74_depth.ipynb #74a70023
 def plot_policies(models:dict): # 'models' of bench/depth.py -> a figure
     "Accuracy against FLOPs: a panel a network, every policy; the untrained twin in grey."
-    fig, axes = plt.subplots(1, len(models), figsize=(3.3*len(models) + 2.6, 3.3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(models), figsize=(3.2*len(models), 4), sharey=True, squeeze=False)
     for ax, m in zip(axes[0], models.values()):
         for arm, a in m['arms'].items():
             c, mine, p = arm_colors[arm], arm == 'hjepa', a['policies']; x, of = [r['flops']/1e6 for r in p], lambda k: [100*r[k] for r in p]
             name = lambda s: s if mine else f'untrained: {s}'
             if mine: ax.plot(x, of('oracle'), ':', color='#1d4ed8', label='oracle'); ax.axhline(100*a['acc'][-1], color=c, lw=.6)
-            ax.errorbar(x, of('acc'), [[100*abs(r['acc'] - r['ci'][i]) for r in p] for i in (0, 1)], fmt='o-', ms=3, color=c, elinewidth=1, label=name('confidence'))
+            ax.errorbar(x, of('acc'), [[100*abs(r['acc'] - r['ci'][i]) for r in p] for i in (0, 1)], fmt='o-', ms=3.5, color=c, elinewidth=1, label=name('confidence'))
             if mine: ax.plot(x, of('static'), '--', color=c, label='best coin of fixed exits'); ax.plot(x, of('random'), '-.', lw=1, color='#0f766e', label='random, equal rates')
             ks = range(0 if mine else 1, len(a['acc'])); q = [a['alone'][k]/1e6 for k in ks], [100*a['acc'][k] for k in ks]
             ax.errorbar(*q, yerr=[[100*(a['acc'][k] - a['ci'][k][0]) for k in ks], [100*(a['ci'][k][1] - a['acc'][k]) for k in ks]], fmt='s', ms=4, color=c, mfc='w', label=name('one fixed exit'))
-        ax.set_xlabel('MFLOPs an image'); ax.set_title(f"{m['blocks']} blocks"); ax.annotate('pixels', (m['arms']['hjepa']['alone'][0]/1e6, 100*m['arms']['hjepa']['acc'][0]), (3, -14), textcoords='offset points', fontsize=8)
-    axes[0][0].set_ylabel('accuracy, %'); fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
+        ax.set_xlabel('MFLOPs an image'); ax.set_title(f"{m['blocks']} blocks"); ax.annotate('pixels', (m['arms']['hjepa']['alone'][0]/1e6, 100*m['arms']['hjepa']['acc'][0]), (3, -14), textcoords='offset points')
+    axes[0][0].set_ylabel('accuracy, %'); fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return fig
 
 # %% ../../nbs/analyze/74_depth.ipynb #74a70029
 def plot_clock(models:dict): # 'models' of bench/depth.py -> a figure
     "What early exit costs of a full pass: FLOPs, seconds in large batches, seconds one by one."
-    fig, axes = plt.subplots(1, len(models), figsize=(2.6*len(models) + 3, 2.2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(models), figsize=(3.2*len(models), 2.6), sharey=True, squeeze=False)
     for ax, m in zip(axes[0], models.values()):
         for b, (batch, t) in enumerate(m['clock'].items()):
             a = m['arms']['hjepa']; flop = dict(full=1, early=float(np.dot(t['share'], a['cost'])) / a['alone'][-1], pixels=a['alone'][0] / a['alone'][-1]) | {'one block less': a['alone'][-2] / a['alone'][-1]}
@@ -264,7 +270,7 @@ def plot_clock(models:dict): # 'models' of bench/depth.py -> a figure
 # %% ../../nbs/analyze/74_depth.ipynb #74a7002d
 def plot_leavers(left:dict): # 'leavers' of bench/depth.py -> a figure
     "Shares of each class that leave first and that stay to the end, and how often the last exit is right."
-    by = dict(sorted(left['classes'].items(), key=lambda kv: -kv[1]['first']['mean'])); fig, ax = plt.subplots(figsize=(5.2, 2.9))
+    by = dict(sorted(left['classes'].items(), key=lambda kv: -kv[1]['first']['mean'])); fig, ax = plt.subplots(figsize=(5.6, 3.4))
     for j, (k, c, m, t) in enumerate((('first', level_colors(3)[0], 'o', 'leave at the pixels'), ('last', level_colors(3)[2], 's', 'stay to the end'), ('right', arm_colors['hjepa'], 'D', 'last exit is right'))):
         for i, v in enumerate(by.values()):
             y = i + .22*(j - 1); ax.plot([100*v[k]['lo'], 100*v[k]['hi']], [y, y], color=c, lw=2); ax.plot(100*v[k]['mean'], y, m, color=c, ms=4, label=t if i == 0 else None)
@@ -279,14 +285,14 @@ def thumbs(b64:str) -> np.ndarray: # a JPEG strip of square pictures, base64 -> 
 
 def plot_pictures(shown:dict, classes): # 'shown' of bench/depth.py -> a figure
     "Images that left at once and images that stayed, with what was said of them."
-    rows = [(t, thumbs(shown[k]['sheet']), shown[k]) for k, t in (('first', 'left at\nthe pixels'), ('last', 'stayed to\nthe end'))]; n = min(7, *(len(r[1]) for r in rows))
-    fig, axes = plt.subplots(2*len(rows), n, figsize=(.95*n + .7, 2.35*len(rows)), squeeze=False)
+    rows = [(t, thumbs(shown[k]['sheet']), shown[k]) for k, t in (('first', 'left at\nthe pixels'), ('last', 'stayed to\nthe end'))]; n = min(5, *(len(r[1]) for r in rows))
+    fig, axes = plt.subplots(2*len(rows), n, figsize=(1.15*n + .65, 2.8*len(rows)), squeeze=False)
     for r, (title, ims, s) in enumerate(rows):
         for i in range(2*n):
             ax = axes[2*r + i//n][i % n]; hide_axes(ax)
             if i >= len(ims): continue
-            ok = s['truth'][i] == s['answer'][i]; ax.imshow(ims[i]); ax.set_title(('✓ ' if ok else '✗ ') + classes[s['answer'][i]], fontsize=7, color='#1d4ed8' if ok else '#c2410c', pad=2)
-        axes[2*r][0].set_ylabel(title, fontsize=8)
+            ok = s['truth'][i] == s['answer'][i]; ax.imshow(ims[i]); ax.set_title(('✓ ' if ok else '✗ ') + classes[s['answer'][i]], color='#1d4ed8' if ok else '#c2410c', pad=2, fontsize=9)
+        axes[2*r][0].set_ylabel(title)
     return fig
 
 # %% ../../nbs/analyze/74_depth.ipynb #74a70032

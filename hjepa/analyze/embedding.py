@@ -30,7 +30,9 @@ from ..evaluate.card import flat_maps
 from ..evaluate.probes import standardise
 
 # %% ../../nbs/analyze/73_embedding.ipynb #73a70005
-def brightness(images:Tensor) -> Tensor: return images.float().mean((1, 2, 3)) / 255 # (N,3,H,W) uint8 -> (N,) in [0,1]
+def brightness(images:Tensor) -> Tensor: # (N,3,H,W) uint8 -> (N,) in [0,1]
+    "Mean of all pixels and channels."
+    return images.float().mean((1, 2, 3)) / 255
 
 def hue(images:Tensor) -> Tensor: # (N,3,H,W) uint8 -> (N,) turns in [0,1); NaN where an image is grey
     "Direction of the mean arrow of colour."
@@ -129,12 +131,12 @@ def plot_levels(
 ):  # a figure
     "A column a level, trained above untrained, with what each map is worth."
     arms, names = {a: m for a, m in kept['maps'].items() if a != 'pixels'}, kept['names'].get(colour); n = len(next(iter(arms.values())))
-    fig, axes = plt.subplots(len(arms), n, figsize=(1.9*n + 1.2, 1.9*len(arms)), squeeze=False)
+    fig, axes = plt.subplots(len(arms), n, figsize=(1.75*n + 1.2, 1.75*len(arms)), squeeze=False)
     for line, (arm, levels) in zip(axes, arms.items()):
         for l, (ax, m) in enumerate(zip(line, levels)):
-            last = dots(ax, m[method]['xy'], kept['colours'][colour], colour, names); ax.set_title(f"level {l}, trust {m[method]['trust']:.2f}", fontsize=9)
+            last = dots(ax, m[method]['xy'], kept['colours'][colour], colour, names, 6); ax.set_title(f"level {l}, trust {m[method]['trust']:.2f}", fontsize=9)
         line[0].set_ylabel(ARMS.get(arm, arm))
-    if names: fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right center', markerscale=1.8, title=colour)
+    if names: fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right center', markerscale=2, title=colour)
     else: fig.colorbar(last, ax=axes, label=UNITS.get(colour, colour), shrink=.6)
     return fig
 
@@ -142,7 +144,7 @@ def plot_levels(
 def plot_seeds(kept:dict, level:int, colour:str, arm='hjepa'): # one set of load_maps() -> a figure
     "PCA and every seed of UMAP of one level, with thumbnails."
     maps = {k: v for k, v in kept['maps'][arm][level].items() if k != 'agreement'}
-    fig, axes = plt.subplots(-(-len(maps) // 2), 2, figsize=(6.6, 2.8*-(-len(maps) // 2)), squeeze=False)
+    fig, axes = plt.subplots(-(-len(maps) // 2), 2, figsize=(6.4, 2.7*-(-len(maps) // 2)), squeeze=False)
     for ax, (k, m) in zip(axes.flat, maps.items()):
         last = dots(ax, m['xy'], kept['colours'][colour], colour, kept['names'].get(colour)); thumbnails(ax, m['xy'], kept['images'], .7)
         ax.set_title(f"{k}, trust {m['trust']:.2f}")

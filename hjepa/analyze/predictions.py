@@ -174,7 +174,7 @@ LOOKS = dict(predictor=('o', arm_colors['hjepa'], 'predictor'), seen=('^', '#1d4
 
 def plot_retrieval(levels:list): # of retrieval(); with a player 'untrained' if there is one -> a figure
     "How often the true cell is found: players by shape and colour, 95 % intervals over images, chance as a bar."
-    fig, axes = plt.subplots(1, len(levels), figsize=(7, 3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(levels), figsize=(6.4, 3.2), sharey=True, squeeze=False)
     for l, (ax, o) in enumerate(zip(axes[0], levels)):
         for i, game in enumerate(GAMES):
             if game not in o['chance']: ax.text(1, i, 'one cell is asked: no game', va='center', color='.4'); continue
@@ -198,37 +198,38 @@ def framed(ax, im, cell=None, grid=None, hidden=None, color='w'): # (s,s,3) uint
     for col, lw in (('k', 2.6), (color, 1.4)): ax.add_patch(Rectangle((c/w, r/h), 1/w, 1/h, fill=False, lw=lw, ec=col, clip_on=False))
 
 def draw_expected(axes, rows:list, images, real, grids, whom, k:int): # axes (len(rows), 2 + k·len(whom)); rows of expect(); (n,s,s,3) asked; (m,s,s,3) real
+    "On axes that are there: a row a question."
     for line, r in zip(axes, rows):
         g = grids[r['level']]; gone = np.zeros(np.prod(grids[0]), bool); gone[r['hidden']] = True
-        framed(line[0], images[r['image']], r['cell'], g, gone.reshape(grids[0])); framed(line[1], images[r['image']], r['cell'], g); line[0].set_ylabel(f"level {r['level']}", fontsize=8)
+        framed(line[0], images[r['image']], r['cell'], g, gone.reshape(grids[0])); framed(line[1], images[r['image']], r['cell'], g); line[0].set_ylabel(f"level {r['level']}")
         for j, p in enumerate(whom):
-            for ax, (i, c) in zip(line[2 + k*j:], r['near'][p]): framed(ax, real[i], c, g, color='#fde047')
+            for ax, (i, c) in zip(line[2 + k*j:], r['near'][p][:k]): framed(ax, real[i], c, g, color='#fde047')
     titles = dict(predictor='the predictor', seen='mean of what is seen', place='mean at the place', truth='the truth')
-    for i, t in ((0, 'asked'), (1, 'true'), *((2 + k*j + k//2, f'nearest to\n{titles[p]}') for j, p in enumerate(whom))): axes[0][i].set_title(t, fontsize=8)
+    for i, n, t in ((0, 1, 'asked'), (1, 1, 'true'), *((2 + k*j, k, f'nearest to\n{titles[p]}') for j, p in enumerate(whom))): axes[0][i].set_title(t, x=n/2, fontsize=9)
 
-def plot_expected(rows, images, real, grids, whom=('predictor', 'seen', 'truth'), k:int=3): # as draw_expected() -> a figure
+def plot_expected(rows, images, real, grids, whom=('predictor', 'seen', 'truth'), k:int=2): # as draw_expected() -> a figure
     "What is asked, what is true, and the real cells nearest to each answer."
-    fig, axes = plt.subplots(len(rows), 2 + k*len(whom), figsize=(7.4, .72*len(rows) + .4), squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.06))
+    fig, axes = plt.subplots(len(rows), 2 + k*len(whom), figsize=(6.4, .8*len(rows) + .5), squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.06))
     draw_expected(axes, rows, images, real, grids, whom, k); return fig
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a7001f
 def plot_errors(images, levels:list, players=('predictor', 'place', 'seen')): # (n,s,s,3); a level {player: (n,h,w)} -> a figure
     "Error maps below their images, one scale for all: 1 is the level's chance."
     rows = [(l, p) for l in range(len(levels)) for p in players]; n = len(images)
-    fig, axes = plt.subplots(len(rows) + 1, n, figsize=(.85*n + 1.7, .85*(len(rows) + 1)), squeeze=False)
+    fig, axes = plt.subplots(len(rows) + 1, n, figsize=(.75*n + 2.3, .75*(len(rows) + 1)), squeeze=False)
     for ax, im in zip(axes[0], images): framed(ax, im)
     for line, (l, p) in zip(axes[1:], rows):
         for ax, m in zip(line, np.asarray(levels[l][p], dtype=float)):
             last = ax.imshow(m, cmap='cividis', vmin=0, vmax=2); hide_axes(ax)
-            for (i, j), v in np.ndenumerate(m) if m.size <= 4 else (): ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=7, color='k' if v > 1.2 else 'w')
-        line[0].set_ylabel(f'level {l}\n{LOOKS[p][2]}', rotation=0, ha='right', va='center', fontsize=8)
+            for (i, j), v in np.ndenumerate(m) if m.size <= 4 else (): ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=9, color='k' if v > 1.2 else 'w')
+        line[0].set_ylabel(f'level {l}\n{LOOKS[p][2]}', rotation=0, ha='right', va='center')
     fig.colorbar(last, ax=axes[1:], label='loss, shares of chance', shrink=.6, extend='max')
     return fig
 
 # %% ../../nbs/analyze/75_predictions.ipynb #75a7002a
 class Expectations(Explorer):
     "Choose image, mask, level and cell; see the real cells nearest to each answer."
-    def __init__(self, model, images:Tensor, b:Bank, masks:int=20, k:int=3): # HJEPA; uint8 (N,3,H,W), not in the bank; masks to choose from; neighbours
+    def __init__(self, model, images:Tensor, b:Bank, masks:int=20, k:int=2): # HJEPA; uint8 (N,3,H,W), not in the bank; masks to choose from; neighbours
         check(model); self.model, self.images, self.b, self.k = model, images, b, k; g = torch.Generator().manual_seed(0)
         self.masks = [model.draw_masks(1, g) for _ in range(masks)]
         self.image, self.mask, self.level, self.cell = slider('image', len(images)), slider('mask', masks), slider('level', len(b.cells)), slider('cell', self.masks[0].targets[0].shape[1])
@@ -241,6 +242,6 @@ def figure(self:Expectations) -> Figure:
     i, m, l, whom = self.image.value, self.masks[self.mask.value], self.level.value, ('predictor', 'seen', 'truth')
     rows = expect(self.model, self.images[i:i+1], m, self.b, l, self.cell.value, self.k); pics = lambda t: t.permute(0, 2, 3, 1).numpy()
     with style():
-        fig = Figure(figsize=(7.6, 1.15), layout='constrained')
+        fig = Figure(figsize=(6.4, 1.35), layout='constrained')
         draw_expected(fig.subplots(1, 2 + self.k*len(whom), squeeze=False), rows, pics(self.images[i:i+1]), pics(self.b.images), self.model.grids, whom, self.k)
     return fig
