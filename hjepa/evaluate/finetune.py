@@ -134,6 +134,7 @@ def batch_loss(net:Classifier, x:Tensor, y:Tensor, r:Tune, mix:Mixup, erase:Rand
     return F.cross_entropy(net(v), t)
 
 def mixers(r:Tune, classes:int, device) -> tuple: # Mixup, RandomErasing
+    "timm's tools, as a recipe sets them."
     mix = Mixup(r.mixup, r.cutmix, label_smoothing=r.smoothing, num_classes=classes)
     mix.mixup_enabled = bool(r.mixup or r.cutmix)
     return mix, RandomErasing(r.erase, mode='pixel', device=device)

@@ -111,7 +111,8 @@ def within(d, level=.95): # {lo, hi} of draws
     return {k: round(float(v), 4) for k, v in zip(('lo', 'hi'), np.quantile(d, [(1 - level)/2, (1 + level)/2]))}
 
 # %% ../../nbs/evaluate/57_probing.ipynb #57c00017
-def spread(n:int, most:int) -> list: # at most `most` of 0 … n-1, evenly spaced, the last among them
+def spread(n:int, most:int) -> list: # of at most `most` ints
+    "Some of 0 … n-1, evenly spaced, the last among them."
     return [round((i + 1) * n / min(n, most)) - 1 for i in range(min(n, most))]
 
 def places(model, size, blocks): # [(what, number, name)], what as in features()
@@ -227,16 +228,16 @@ def plot_probing(
     "What is known where, with marks where controls are beaten."
     cols, tables = drawn(result), result['readouts']
     n, short = len(result['factors']), lambda p: p[0].upper() + p.split()[1] if ' ' in p else ''
-    fig, axes = plt.subplots(len(tables), 1, figsize=(1.1 + .32*len(cols), (.24*n + .8)*len(tables)), squeeze=False)
+    fig, axes = plt.subplots(len(tables), 1, figsize=(1.1 + .33*len(cols), (.24*n + .8)*len(tables)), squeeze=False)
     for ax, (readout, table) in zip(axes[:, 0], tables.items()):
         z = np.array([[np.nan if c is None else 100*table[f][c[0]][c[1]]['skill'] for c in cols] for f in table])
         ax.imshow(z, cmap='Blues', vmin=0, vmax=130, aspect='auto'); ax.grid(False); ax.spines[:].set_visible(False); ax.tick_params(length=0)
         ax.set_yticks(range(n), [v['title'] for v in result['factors'].values()])
-        ax.set_xticks([j for j, c in enumerate(cols) if c], [short(c[1]) for c in cols if c], fontsize=8)
+        ax.set_xticks([j for j, c in enumerate(cols) if c], [short(c[1]) for c in cols if c])
         for i, j in zip(*np.nonzero(~np.isnan(z))): ax.text(j, i, f'{z[i, j]:.0f}', ha='center', va='center', color='w' if z[i, j] > 75 else 'k')
         marks(ax, result, readout, cols)
         for arm in dict.fromkeys(c[0] for c in cols if c):
             at = np.mean([j for j, c in enumerate(cols) if c and c[0] == arm])
-            ax.text(at, -.6, heads[arm], ha='center', va='bottom', fontsize=8, color='.4' if arm == 'pixels' else arm_colors[arm])
+            ax.text(at, -.6, heads[arm], ha='center', va='bottom', color='.4' if arm == 'pixels' else arm_colors[arm])
         ax.set_title(dict(mean='mean over cells', grid='grid of cells').get(readout, readout), loc='left', pad=22)
     return fig

@@ -400,6 +400,7 @@ def _summary(t, d, names, ref=None): # (1+K,) shares right, clean first, and (n,
     return out | (dict(mce_lo=None, mce_hi=None) if md is None else {f'mce_{k}': v for k, v in _within(md).items()})
 
 def panels(names) -> dict: # family, 'validation' or a shift -> its corruptions among these
+    "Corruptions that share a panel of the figure."
     some = {k: [c for c in cs if c in names] for k, cs in (FAMILIES | dict(validation=VALIDATION) | {s: (s,) for s in SHIFTS}).items()}
     return {k: cs for k, cs in some.items() if cs}
 
@@ -467,14 +468,16 @@ def plot_severity(
     result:dict, # of robustness()
 ):  # a figure: a panel a family and shift, a line an arm at its chosen level, severity 0 = clean
     "Accuracy against severity."
-    shown = panels(result['source'])
-    fig, axes = plt.subplots(1, len(shown), figsize=(1.5*len(shown) + 1.6, 2.5), sharey=True, squeeze=False)
-    for ax, title in zip(axes[0], shown):
+    shown = panels(result['source']); columns = min(4, len(shown)); rows = -(-len(shown)//columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(1.6*columns + .2, 2.1*rows + .4), sharey=True, squeeze=False)
+    for ax, title in zip(axes.flat, shown):
         for arm, l in result['level'].items():
             r, x = result['arms'][arm][l], [0, *result['severities']]
             y, lo, hi = (100*np.array([r['clean'][k], *r['by_family'][title][k]]) for k in ('acc', 'lo', 'hi'))
             ax.plot(x, y, 'o--' if arm == 'pooled_l0' else 'o-', ms=3, color=arm_colors[arm], label=f'{arm} {l}' if arm != l else arm)
             ax.fill_between(x, lo, hi, color=arm_colors[arm], alpha=.18, lw=0)
         ax.set(title=title, xlabel='severity', xticks=range(6))
-    axes[0, 0].set_ylabel('test accuracy, %'); fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper', fontsize=8, title='arm, level')
+    for ax in axes.flat[len(shown):]: ax.remove()
+    for ax in axes[:, 0]: ax.set_ylabel('test accuracy, %')
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=4, title='arm, level')
     return fig

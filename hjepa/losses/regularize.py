@@ -13,7 +13,9 @@ import torch.nn.functional as F
 import torch.distributed as dist
 
 # %% ../../nbs/losses/31_regularize.ipynb #ebeffecb
-def world_size() -> int: return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size() -> int:
+    "Number of processes that train together; 1 if there is one alone."
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def mean_over_world(x:Tensor) -> Tensor:
     "Mean over processes, with gradient."
@@ -66,7 +68,7 @@ def directions(K:int, M:int, step:int, device=None) -> Tensor: # (K,M) unit colu
 
 # %% ../../nbs/losses/31_regularize.ipynb #ca884f6c
 class SIGReg(nn.Module):
-    "(1-lam) * invariance + lam * SIGReg, as LeJEPA weighs them."
+    "`(1-lam) * invariance + lam * SIGReg`, as LeJEPA weighs them."
     def __init__(self,
         lam:float=.05,   # weight of the normality statistic
         slices:int=256, t_max:float=3., points:int=17): # random directions, drawn anew each step; of epps_pulley
@@ -80,7 +82,7 @@ class SIGReg(nn.Module):
 
 # %% ../../nbs/losses/31_regularize.ipynb #3faeb3c7
 class VICReg(nn.Module):
-    "sim * invariance + std * variance hinge + cov * covariance, the last two averaged and summed over views as published."
+    "`sim * invariance + std * variance hinge + cov * covariance`, the last two averaged and summed over views as published."
     def __init__(self, sim:float=25., std:float=25., cov:float=1., eps:float=1e-4):
         super().__init__()
         self.sim, self.std, self.cov, self.eps = sim, std, cov, eps
@@ -97,7 +99,7 @@ class VICReg(nn.Module):
 
 # %% ../../nbs/losses/31_regularize.ipynb #3cc087be
 class VISReg(nn.Module):
-    "(1-lam) * invariance + lam * (scale + shape + centre)."
+    "`(1-lam) * invariance + lam * (scale + shape + centre)`."
     def __init__(self,
         lam:float=.6, # weight of what keeps codes apart; .9 for large sets, .6 for small ones
         slices:int=256, scale:float=1., shape:float=1., centre:float=1., eps:float=1e-4): # directions a step; weights
