@@ -51,7 +51,7 @@ ACTS = {'gelu': nn.GELU, 'gelu_tanh': lambda: nn.GELU('tanh'), 'quick_gelu': Qui
 # %% ../../nbs/parts/22_attention.ipynb #628941f8
 class Block(nn.Module):
     "A pre-norm transformer block; with `cross` its attention reads a context."
-    def __init__(self, dim:int, heads:int, mlp:float=4., layer_scale:float|None=None, drop_path:float=0., qk_norm:bool=False, cross:bool=False,
+    def __init__(self, dim:int, heads:int, mlp:float=4., layer_scale:float|None=None, drop_path:float=0., qk_norm:bool=False, cross:bool=False, # of the MLP: hidden width / dim; see Attention
                  act:str='gelu', eps:float=1e-6): # see ACTS; of every LayerNorm
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)

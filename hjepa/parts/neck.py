@@ -33,7 +33,7 @@ class Slots(nn.Module):
 # %% ../../nbs/parts/27_neck.ipynb #69a0da42
 class Neck(nn.Module):
     "Learned levels: pooling inside cells, then what levels tell each other."
-    def __init__(self, pyramid:Pyramid, dim:int, heads:int, pool:str='average', fpn:bool=False, across:bool=False, slots:int=0, theta:float=100.):
+    def __init__(self, pyramid:Pyramid, dim:int, heads:int, pool:str='average', fpn:bool=False, across:bool=False, slots:int=0, theta:float=100.): # slots of the top, 0 = none; base of the rotations of `across`
         super().__init__()
         L, self.top, self.heads, self.theta, self.pool = len(pyramid), len(pyramid.cells), heads, theta, pool
         self.score = nn.ModuleList(nn.Linear(dim, 1, bias=False) for _ in range(1, L - bool(slots))) if pool == 'attention' else None

@@ -33,7 +33,7 @@ def gather(t:Tensor, idx:Tensor) -> Tensor: # (B,N,D) tokens, (B,K) indices into
 
 # %% ../../nbs/parts/20_patch.ipynb #f067abe9
 class PatchStem(nn.Module):
-    "Stride-2 convolutions inside one patch: (K, C*p*p) flat patches to (K, D)."
+    "Stride-2 convolutions inside one patch: flat patches `(K, C*p*p)` to `(K, D)`."
     def __init__(self, p:int, chans:int, dim:int): # patch side (a power of 2, at least 4), channels, width
         super().__init__()
         n = int(math.log2(p)) if p > 1 else 0

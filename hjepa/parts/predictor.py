@@ -8,6 +8,7 @@ __all__ = ['Predictor']
 # %% ../../nbs/parts/26_predictor.ipynb #185910d7
 import torch
 from torch import nn, Tensor
+from fastcore.basics import patch
 from .rope import rotations
 from .attention import Block, init_weights
 
@@ -32,10 +33,9 @@ class Predictor(nn.Module):
         nn.init.normal_(self.level.weight, std=.02)
 
 # %% ../../nbs/parts/26_predictor.ipynb #34c1362f
-from fastcore.basics import patch
-
 @patch
-def rope(self:Predictor, pos): # (B,N,2) -> cos, sin (B,1,N,head)
+def rope(self:Predictor, pos): # (B,N,2) y, x in patches -> cos, sin (B,1,N,head)
+    "The rotations of these places, for every head."
     return [t.unsqueeze(1) for t in rotations(pos, self.dim // self.heads, self.theta)]
 
 @patch

@@ -9,6 +9,7 @@ __all__ = ['Pyramid']
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .rope import centres
 
 # %% ../../nbs/parts/24_pyramid.ipynb #8bd84ea8
@@ -27,8 +28,6 @@ class Pyramid:
     def over(self, grid): return self if tuple(grid) == self.grid else Pyramid(grid, self.cells, self.top) # the same levels over another grid
 
 # %% ../../nbs/parts/24_pyramid.ipynb #758ded1b
-from fastcore.basics import patch
-
 @patch
 def origins(self:Pyramid, generator=None) -> list: # one (y, x) per level, in patches
     "Corners of the levels' grids. With a generator odd borders are drawn; without one all are (0, 0)."
