@@ -35,7 +35,8 @@ class Pixels:
     "Raw pixels, read at levels: a cell is a patch of the image, shrunk as far as the level is coarse."
     def __init__(self, grids, patch:int=8): # L pairs (h,w), fine to coarse; pixels a side of a cell, at most
         self.grids, self.patch = grids, patch
-    def levels(self, x, pooled=False): # (B,3,H,W) uint8 or float in [0,1] -> L tensors (B,N_l,3·p·p); pixels know no other pooling
+    def levels(self, x, pooled=False): # (B,3,H,W) uint8 or float in [0,1] -> L tensors (B,N_l,3·p·p)
+        "The cells of every level; `pooled` changes nothing, since pixels know no other pooling."
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         p = max(1, min(self.patch, x.shape[-1] // self.grids[0][1]))
         return [F.unfold(F.interpolate(x, (h*p, w*p), mode='area'), p, stride=p).mT for h, w in self.grids]
@@ -366,7 +367,7 @@ def plot_numbers(
     panels:dict,  # {title: f(one arm's dict) -> list of {value, lo, hi}}, as DESCRIBE and JUDGE
 ):
     "A panel a measure, a row an arm; several values (pairs of levels, fine to coarse) are circle, square, triangle."
-    rows = math.ceil(len(panels) / 3); fig, axes = plt.subplots(rows, 3, figsize=(5.6, rows*(.65 + .25*len(r))), sharey=True, squeeze=False)
+    rows = math.ceil(len(panels) / 3); fig, axes = plt.subplots(rows, 3, figsize=(5.8, rows*(.7 + .25*len(r))), sharey=True, squeeze=False, gridspec_kw=dict(hspace=.1))
     for ax, (title, f) in zip(axes.flat, panels.items()):
         for y, (k, o) in enumerate(r.items()):
             for j, v in enumerate(vs := f(o)):
@@ -384,19 +385,19 @@ def plot_distances(
 ):
     "Distances of class means at the coarsest level, classes in the order of the tree; dark is near."
     o = np.lexsort(np.asarray(paths).T[::-1]); cut = np.flatnonzero(np.diff(np.asarray(paths)[o, 0])) + .5
-    fig, axes = plt.subplots(1, len(which), figsize=(1 + 1.5*len(which), 2.2), sharey=True)
+    fig, axes = plt.subplots(1, len(which), figsize=(1 + 1.6*len(which), 2.4), sharey=True)
     for ax, k in zip(axes, which):
         d = np.array(r[k]['distances'])[np.ix_(o, o)]; m = r[k]['levels'][-1]['mantel']
         ax.imshow(d, cmap='Greys_r'); ax.grid(False)
         for c in cut: ax.axhline(c, color='#c2410c', lw=1.5); ax.axvline(c, color='#c2410c', lw=1.5)
         ax.set_title(titles[k] + ('' if m['rho'] is None else f"\nρ = {m['rho']:.2f}, p = {m['p']:.3f}"), fontsize=9); ax.set_xticks([])
-    axes[0].set_yticks(range(len(o)), [classes[i] for i in o], fontsize=8)
+    axes[0].set_yticks(range(len(o)), [classes[i] for i in o])
     return fig
 
 def plot_validation(v:dict, score:str, title:str): # of bench/coherence.py; 'hcs' or 'hcs_minus'
     "Every arm, set and seed; crosses: the positive control, judged by random trees."
     sets, arms = list(v['trees']), ['untrained', 'pixels', 'pooled_l0', 'supervised']
-    fig, axes = plt.subplots(1, len(sets), figsize=(.8 + 1.6*len(sets), 2.3), sharey=True)
+    fig, axes = plt.subplots(1, len(sets), figsize=(.8 + 1.6*len(sets), 2.4), sharey=True)
     for ax, s in zip(axes, sets):
         rows = [r for r in v['rows'] if r['data'] == s]
         for i, r in enumerate(rows):
@@ -404,6 +405,6 @@ def plot_validation(v:dict, score:str, title:str): # of bench/coherence.py; 'hcs
             for x, k in zip(at, arms):
                 q = r['arms'][k][score]; ax.errorbar(x, q['value'], [[max(0, q['value'] - q['lo'])], [max(0, q['hi'] - q['value'])]], fmt='o', ms=4, lw=1.2, color=arm_colors[k])
             ax.plot(at[3], r['wrong_trees'][score], 'x', ms=5, color='k')
-        ax.set_title(s, fontsize=9); ax.set_xticks(range(4), [titles[k] for k in arms], rotation=35, ha='right', fontsize=8); ax.grid(axis='x', visible=False)
+        ax.set_title(s, fontsize=9); ax.set_xticks(range(4), [titles[k] for k in arms], rotation=35, ha='right'); ax.grid(axis='x', visible=False)
     axes[0].set_ylabel(title)
     return fig
