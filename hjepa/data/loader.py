@@ -113,9 +113,12 @@ def sentence(e:Exception, step:int) -> HJEPAError:
     new.__cause__ = e
     return new
 
-def as_it_is(x): return x    # instead of a collate function
+def as_it_is(x):
+    "What collates a step that is a batch already."
+    return x
 
-def deaf(worker:int): # Ctrl-C and a scheduler's SIGTERM go to every process; the main one decides
+def deaf(worker:int):
+    "Ctrl-C and a scheduler's SIGTERM go to every process; a worker leaves the decision to the main one."
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 # %% ../../nbs/data/13_loader.ipynb #3e8b7d7c
@@ -164,6 +167,7 @@ def taken(it, deaths:list):
             deaths.append(str(e))
     return died(deaths[0])
 
+# %% ../../nbs/data/13_loader.ipynb #0e0ee6a7
 @patch
 def run(self:Loader, start:int, stop:int): # yields uint8 (B/world,3,S,S), or what `make` returns, on the device
     "The batches of steps `start` to `stop`-1. Workers live as long as this loop, over all its epochs."
@@ -187,6 +191,7 @@ def note(self:Loader, bad:dict):
 
 @patch
 def some_bad(self:Loader, k=3) -> str:
+    "The first k bad images with their reasons, for a message."
     return '; '.join(f'{p} ({w})' for p, w in [*self.bad.items()][:k]) + (' …' if len(self.bad) > k else '')
 
 @patch
@@ -262,14 +267,17 @@ def samples(url:str, numbers:list): # ascending -> yields dicts: suffix -> bytes
     finally:
         with suppress(OSError): stream and stream.close()        # a command that was left early may complain
 
-def image_key(sample:dict): # the suffix of its image, or None
+def image_key(sample:dict) -> str|None:
+    "The suffix under which a sample holds its image, if it has one."
     return next((k for k, v in sample.items() if isinstance(v, bytes) and f".{k.rpartition('.')[2].lower()}" in IMAGE_FILES), None)
 
-def first_words(e):
+def first_words(e:Exception) -> str:
+    "What an error of the webdataset library says, in a few words."
     w = str(getattr(e, 'strerror', None) or (e.args or [type(e).__name__])[0]).split(' @ ')[0]
     gone = re.search(r'exit (-?\d+) \(', w)           # webdataset reads what is remote through a command such as curl
     return f'what brings it ended with status {gone[1]}' if gone else 'nothing came' if w == 'empty file' else w
 
+# %% ../../nbs/data/13_loader.ipynb #918215fb
 @patch
 def read(self:Stream, epoch:int, wanted:list): # ascending places -> yields (place, sample)
     "What stands at these places of the line."

@@ -109,10 +109,10 @@ def show(
     kinds = kinds.repeat_interleave(-(-rows//len(kinds))) if mixed else kinds
     groups = [(_written(str(names[k]).rpartition('/')[2] if mixed else names[k], k), (of==k).nonzero()[:,0]) for k in kinds.tolist()] or [('', torch.arange(len(s)))]*rows
     with style():
-        fig,axs = plt.subplots(len(groups), cols, figsize=(.62*cols+1, .62*len(groups)), squeeze=False, dpi=72)
+        fig,axs = plt.subplots(len(groups), cols, figsize=(.62*cols+1, .62*len(groups)), squeeze=False)
         for (name,i),row in zip(groups, axs):
             pick = i[torch.randperm(len(i), generator=g)].tolist()
-            row[0].set_ylabel(name[-16:], rotation=0, ha='right', va='center', fontsize=8); hide_axes(*row)
+            row[0].set_ylabel(name[-16:], rotation=0, ha='right', va='center'); hide_axes(*row)
             for ax in row:
                 while pick:
                     try: ax.imshow(s.images[pick.pop()].permute(1,2,0).numpy()); break

@@ -429,10 +429,13 @@ class Mix(Lazy):
 
 # %% ../../nbs/data/11_sets.ipynb #af68756d
 @patch
-def subset(self:Mix, idx): return Mix(self.parts, self.weights, self.rows[torch.as_tensor(idx)])
+def subset(self:Mix, idx)->Mix: # indices
+    "The mixture of some of the images, with the same weights"
+    return Mix(self.parts, self.weights, self.rows[torch.as_tensor(idx)])
 
 @patch
-def many(self:Mix, rows:list):
+def many(self:Mix, rows:list)->Tensor: # uint8 (M,3,S,S)
+    "Images by number, each from its part"
     i = torch.tensor(rows); p, out = self.part_of(i), torch.empty(len(i), 3, self.image, self.image, dtype=torch.uint8)
     for k in p.unique().tolist():
         out[p==k] = self.parts[k].images[self.rows[i[p==k]]-self._ends[k]+len(self.parts[k])]

@@ -210,6 +210,7 @@ def sprites(
     if masks: y['mask'] = (cov*255+.5).astype(np.uint8)
     return torch.from_numpy(im), {k: torch.from_numpy(a) for k,a in y.items()}
 
+# %% ../../nbs/data/17_sprites.ipynb #17000058
 def sprite_sets(
     task:str,        # one of SPRITES
     n_train:int, n_test:int, # pictures

@@ -34,6 +34,7 @@ class ViewDraw:
 
 # %% ../../nbs/data/12_views.ipynb #3e9b6c40
 def resized_boxes(V, B, scale, ratio, aspect, generator) -> Tensor: # (V,B,4)
+    "Boxes of a drawn share of the area and a drawn shape, wholly inside the image; `aspect` (B,) is its width/height."
     u = torch.rand(4, V, B, generator=generator)
     area, logr = scale[0] + (scale[1]-scale[0])*u[0], math.log(ratio[0]) + math.log(ratio[1]/ratio[0])*u[1]
     r = logr.exp() / aspect                                # of the box, in coordinates of the image
@@ -43,6 +44,7 @@ def resized_boxes(V, B, scale, ratio, aspect, generator) -> Tensor: # (V,B,4)
 
 # %% ../../nbs/data/12_views.ipynb #b4e09d31
 def simple_boxes(V, B, pad, aspect, generator) -> Tensor: # (V,B,4)
+    "Squares over the whole short side, up to `pad` of it beyond the border."
     u = 2*torch.rand(2, V, B, generator=generator) - 1
     h, w = aspect.clamp(max=1).expand(V, B), (1/aspect).clamp(max=1).expand(V, B)
     return torch.stack(((1 - h + 2*pad*h)*u[0], (1 - w + 2*pad*w)*u[1], h, w), -1)
@@ -51,6 +53,7 @@ def simple_boxes(V, B, pad, aspect, generator) -> Tensor: # (V,B,4)
 GREY = torch.tensor([.299, .587, .114])
 
 def hue_matrix(turn:Tensor) -> Tensor: # (...) share of a circle -> (...,3,3) rotation about the grey axis
+    "The colour matrix that turns hues and leaves greys."
     a = turn * 2 * math.pi
     k = torch.tensor([[0., -1., 1.], [1., 0., -1.], [-1., 1., 0.]]) / 3**.5
     c, s = a.cos()[..., None, None], a.sin()[..., None, None]
@@ -58,6 +61,7 @@ def hue_matrix(turn:Tensor) -> Tensor: # (...) share of a circle -> (...,3,3) ro
 
 # %% ../../nbs/data/12_views.ipynb #f06a1b92
 def draw_effects(V, B, v:Views, grey, generator) -> tuple: # (V,B) each: grey or not, solarised or not, width of the blur
+    "Which views lose their colour, are solarised or blurred."
     if v.kind == 'jitter' and not v.solarize and not v.blur: return grey, torch.zeros(V, B, dtype=torch.bool), torch.zeros(V, B)
     u = torch.rand(4, V, B, generator=generator)
     solarise, blur = u[1] < v.solarize, u[2] < v.blur
@@ -66,6 +70,7 @@ def draw_effects(V, B, v:Views, grey, generator) -> tuple: # (V,B) each: grey or
 
 # %% ../../nbs/data/12_views.ipynb #d8c45e20
 def draw_colours(V, B, v:Views, generator) -> tuple: # (V,B,3,3), (V,B), (V,B), (V,B)
+    "`colour`, `shift`, `solarise` and `sigma` of a `ViewDraw`."
     u = torch.rand(6, V, B, generator=generator)
     grey, solarise, sigma = draw_effects(V, B, v, u[5] < v.gray, generator)
     on = u[4] < v.jitter
