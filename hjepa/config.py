@@ -40,6 +40,7 @@ class Branch(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid', allow_inf_nan=False)
 
 class Data(Branch):
+    "Which images a run learns from, their size, and how their colours are scaled."
     name:str = 'cifar10'              # what hjepa.data.sets.load knows: a name, folder:PATH, mix:A=1,B=2, wds:PATTERN
     image:int = Field(32, gt=0)       # side of the square input, pixels
     mean:tuple[float, float, float] = (.4914, .4822, .4465) # per channel, of images in [0,1]
@@ -51,6 +52,7 @@ class Data(Branch):
 Share = Annotated[float, Field(ge=0, le=1)] # a probability, or a share
 
 class Views(Branch):
+    "What a view of an image may look like: how many there are, how they are cut, how colours shift."
     count:int = Field(2, ge=1)        # global views of each image in a batch
     kind:Literal['jitter', '3aug', 'weak'] = 'jitter' # colours shift | also one of grey, solarise, blur, as DeiT III | the crop alone, as I-JEPA, whatever else is set
     crop:Literal['resized', 'simple'] = 'resized' # scale and ratio drawn | DeiT III's: the whole short side, moved along the long one
@@ -60,8 +62,8 @@ class Views(Branch):
     flip:Share = .5                   # probability of a mirror image
     jitter:Share = .8                 # probability that the colours shift at all
     brightness:Share = .4             # factor drawn from [1-x, 1+x]
-    contrast:Share = .4
-    saturation:Share = .4
+    contrast:Share = .4               # the same
+    saturation:Share = .4             # the same
     hue:float = Field(.1, ge=0, le=.5) # rotation, share of the full circle
     gray:Share = .2                   # probability of losing the colour ...
     solarize:Share = 0.               # ... of inverting what is bright
@@ -69,14 +71,15 @@ class Views(Branch):
     sigma:tuple[float, float] = (.1, 2.) # width of the blur, pixels of the view
     local:int = Field(0, ge=0)        # small views besides, never masked: only the whole-image loss sees them
     local_size:int = Field(16, gt=0)  # their side, pixels
-    local_scale:tuple[float, float] = (.05, .3)
+    local_scale:tuple[float, float] = (.05, .3) # their area, share of the image
 
 # %% ../nbs/00_config.ipynb #2c6ecc7e
 class Encoder(Branch):
+    "The network that reads images: patches, width, depth, positions."
     patch:int = Field(4, gt=0)        # side of a patch, pixels
     dim:int = Field(192, gt=0)        # width
     depth:int = Field(12, gt=0)       # blocks
-    heads:int = Field(3, gt=0)
+    heads:int = Field(3, gt=0)        # of attention, in a block
     mlp:float = Field(4., gt=0)       # hidden width of the MLP / dim
     stem:Literal['linear', 'conv'] = 'linear' # conv: stride-2 convolutions inside each patch
     registers:int = Field(0, ge=0)    # extra tokens that stand for no patch
@@ -97,6 +100,7 @@ class Encoder(Branch):
 
 # %% ../nbs/00_config.ipynb #a0ffa3c9
 class Levels(Branch):
+    "How patches become the cells of each level, which block a level reads, how much its loss counts."
     cells:tuple[int, ...] = (1, 2, 4) # side of a cell at each level, patches; each divides the next
     top:bool = True                   # a last level: the whole image as one cell
     depths:tuple[int | tuple[int, ...], ...] = (4, 8, 12, 12) # block of the target encoder that each level reads, or a group of blocks: (4, (4, 8, 12), 12, 12)
@@ -112,9 +116,10 @@ class Levels(Branch):
     @property
     def groups(self) -> list: return [(d,) if isinstance(d, int) else d for d in self.depths] # blocks of each level
     @property
-    def learned(self) -> bool: return self.pool in ('attention', 'conv') or self.fpn or self.across or self.slots > 0
+    def learned(self) -> bool: return self.pool in ('attention', 'conv') or self.fpn or self.across or self.slots > 0 # whether levels are made by a neck with weights
 
 class Masks(Branch):
+    "Which cells are hidden from the context encoder, and which of these are asked about."
     kind:Literal['nested', 'blocks'] = 'nested' # cells scattered at random, or rectangular multi-blocks
     hidden:tuple[int, ...] = (4, 3, 2) # cells hidden at each level, drawn from the coarsest down
     predict:tuple[int, ...] | None = None # hidden cells predicted at each level; None = all
@@ -123,14 +128,16 @@ class Masks(Branch):
 
 # %% ../nbs/00_config.ipynb #7410b0f8
 class Predictor(Branch):
-    dim:int = Field(192, gt=0)
-    depth:int = Field(4, gt=0)
-    heads:int = Field(6, gt=0)
+    "The network that answers for hidden cells, and what a question may see."
+    dim:int = Field(192, gt=0)        # width
+    depth:int = Field(4, gt=0)        # blocks
+    heads:int = Field(6, gt=0)        # of attention, in a block
     attention:Literal['cross', 'packed', 'joint'] = 'cross' # what a query sees: see hjepa.parts.predictor
 
 class Prediction(Branch):
+    "How the answers are judged: against which targets, by which distance, how much it counts."
     weight:float = Field(1., ge=0)    # of the mean over levels; 0 builds no predictor
-    kind:Literal['smooth_l1', 'mse', 'cosine'] = 'smooth_l1'
+    kind:Literal['smooth_l1', 'mse', 'cosine'] = 'smooth_l1' # distance of an answer from its target
     targets:str = 'layer'             # of the slow encoder, normalised per token (layer) or over the batch (whiten), or the dotted path of a function of yours: see hjepa.peers.pixels
     gradient:bool = False             # let the loss move the targets as well; needs optim.ema = optim.ema_end = 0
     visible:float = Field(0., ge=0)   # weight of predicting the seen patches too, nearest to the hidden ones most (V-JEPA 2.1: .5)
@@ -142,26 +149,28 @@ class Prediction(Branch):
 
 # %% ../nbs/00_config.ipynb #c7b7e952
 class Whole(Branch):
+    "The loss that keeps the codes of whole images apart, and the projector in front of it."
     kind:str | dict[str, float] = 'sigreg' # sigreg, vicreg, visreg, barlow, infonce, none, the dotted path of a class of yours, or weights: {sigreg: 1, infonce: .1}
-    weight:float = Field(1., ge=0)
+    weight:float = Field(1., ge=0)    # of this loss
     args:dict = {}                    # keyword arguments of that class; with weights by name: {sigreg: {lam: .05}}
     hidden:int = Field(1024, gt=0)    # hidden width of the projector
     dim:int = Field(64, gt=0)         # output width of the projector
 
 # %% ../nbs/00_config.ipynb #37c68483
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)] # share of the old value in a running mean
 
 class Optim(Branch):
+    "How weights move: optimizer, rates over the run, weight decay, the slow copy."
     kind:Literal['adamw', 'schedulefree', 'lars', 'muon'] = 'adamw' # muon: for the matrices of blocks, AdamW for the rest
     lr:float = Field(1e-3, gt=0)      # peak learning rate
-    lr_end:float = Field(1e-6, ge=0)
+    lr_end:float = Field(1e-6, ge=0)  # where a cosine, or a falling line, ends
     warmup:float = Field(.1, ge=0, lt=1) # share of the steps over which the rate rises
     schedule:Literal['cosine', 'linear', 'constant'] = 'cosine' # after it. linear: constant, then a straight line down
     restarts:int = Field(0, ge=0)     # how often the cosine starts anew
     cooldown:float = Field(.2, gt=0, le=1) # share of the steps of that straight line
     layer_decay:float = Field(1., gt=0, le=1) # rate of each encoder layer over that of the next
     momentum:Beta = .9                # of lars and muon
-    betas:tuple[Beta, Beta] = (.9, .95)
+    betas:tuple[Beta, Beta] = (.9, .95) # of AdamW and schedulefree: of the gradient, of its square
     wd:float = Field(.05, ge=0)       # weight decay at the start and at the end (cosine)
     wd_end:float = Field(.05, ge=0)
     clip:float | None = Field(1., gt=0) # largest gradient norm; None = no clipping
@@ -171,6 +180,7 @@ class Optim(Branch):
 
 # %% ../nbs/00_config.ipynb #8ae43d74
 class Train(Branch):
+    "How long a run is, on which device, what it writes and how often."
     batch:int = Field(256, gt=1)      # images per optimizer step, over all processes and pieces
     accumulate:int = Field(1, gt=0)   # pieces a process cuts its share of a batch into
     epochs:float | None = Field(100, gt=0) # length of the run: epochs, or
@@ -182,12 +192,13 @@ class Train(Branch):
     log:int = Field(20, gt=0)         # steps between rows of history.csv
     save:float = Field(5., gt=0)      # minutes between saves of the state
     monitor:int = Field(10, ge=0)     # collapse checks over the run; 0 = none
-    tensorboard:bool = False
+    tensorboard:bool = False          # write the rows for TensorBoard as well
 
 # %% ../nbs/00_config.ipynb #7b05f4dd
 class Recipe(Branch):
-    name:str = 'custom'
-    seed:int = Field(0, ge=0)
+    "All choices of a run: its branches, a name, a seed. It refuses what cannot work together."
+    name:str = 'custom'               # of the run's folder, runs/NAME
+    seed:int = Field(0, ge=0)         # of weights, order of images, views and masks
     data:Data = Data()
     views:Views = Views()
     encoder:Encoder = Encoder()
@@ -200,7 +211,7 @@ class Recipe(Branch):
     train:Train = Train()
 
     @property
-    def grid(self) -> int: return self.data.image // self.encoder.patch
+    def grid(self) -> int: return self.data.image // self.encoder.patch # patches a side
     @property
     def hidden_patches(self) -> int: return sum(n * c * c for n, c in zip(self.masks.hidden, self.levels.cells))
 
@@ -464,7 +475,7 @@ recipes = {'cifar10-cpu': cifar10_cpu, 'cifar10': cifar10, 'imagenet100': imagen
 # %% ../nbs/00_config.ipynb #4191ae8c
 def recipe(r, # a name, the path of a YAML file, a Recipe, or nested dicts
            **kw) -> Recipe: # changes, as in change()
-    "One door to every recipe."
+    "A recipe by name, from a YAML file, from nested dicts, or as it is; with changes."
     if isinstance(r, dict): r = from_dict(r)
     if not isinstance(r, Recipe):
         p = Path(str(r))
@@ -531,7 +542,8 @@ def peer(
     b = recipe(base)
     return change(b, **{'name': f'peer-{name}', **flat(b), **PEERS[name](b), **kw})
 
-def add_peer(name):
+def add_peer(name:str): # a key of PEERS
+    "Put a peer among the recipes, as peer-NAME."
     make = lambda: peer(name)
     make.__doc__ = f"{PEERS[name].__doc__} The demo's encoder, data and minutes."
     recipes[f'peer-{name}'] = make

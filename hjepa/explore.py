@@ -25,7 +25,8 @@ def show(
     Image.open(full).convert('RGB').quantize(colours).save(out, 'PNG', optimize=True); display(Picture(out.getvalue()))
 
 # %% ../nbs/05_explore.ipynb #05a70007
-def slider(name:str, n:int) -> widgets.IntSlider: # from 0 to n-1
+def slider(name:str, n:int) -> widgets.IntSlider: # what stands beside it; how many things there are
+    "A slider over n things, from 0 to n-1."
     return widgets.IntSlider(0, 0, max(0, n - 1), description=name)
 
 class Explorer:

@@ -57,7 +57,8 @@ def write(path, data): # bytes, or text (UTF-8)
     with whole(path) as tmp: tmp.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 # %% ../nbs/02_files.ipynb #22bf7bdf
-def checksum(x:np.ndarray)->str: # SHA-256 in hex of the C-order bytes
+def checksum(x:np.ndarray)->str: # 64 hexadecimal digits
+    "The SHA-256 of an array's bytes, in C order"
     return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
 def room(folder:Path, n_bytes:float):
@@ -67,7 +68,8 @@ def room(folder:Path, n_bytes:float):
                                      'make room, or set HJEPA_DATA to a folder on another disk.')
 
 @contextmanager
-def alone(folder:Path): # waits for the folder's lock; where the file system has none, goes on without
+def alone(folder:Path): # made if it is missing
+    "One process at a time: waits for the folder's lock, or goes on without one where the file system has none"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as f:
         try:

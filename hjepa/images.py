@@ -36,6 +36,7 @@ def rgb(im:Image.Image)->Image.Image: # any mode -> RGB at its own size
         im = im.convert('RGBA'); im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im if im.mode=='RGB' else im.convert('RGB')
 
+# %% ../nbs/03_images.ipynb #884277ba
 FORMATS = [f for f in ('JPEG','PNG','WEBP','AVIF','BMP','PPM','TIFF','GIF') if f in Image.registered_extensions().values()]
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
@@ -67,7 +68,8 @@ def fit(im:Image.Image, size:int)->torch.Tensor: # uint8 (3,S,S)
     im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(im)).permute(2,0,1).contiguous()
 
-def rows_of(i, n:int)->list|None: # a slice, a mask or a list of indices -> list of ints; one index -> None
+def rows_of(i, n:int)->list|None: # a slice, a mask, a list of indices, or one index; the length
+    "The rows that an index means, as ints; None for one row"
     if isinstance(i, slice): return list(range(*i.indices(n)))
     if not hasattr(i, '__len__') or getattr(i, 'ndim', 1)==0: return None
     return torch.arange(n)[torch.as_tensor(i)].tolist() if len(i) else []
@@ -76,8 +78,8 @@ def rows_of(i, n:int)->list|None: # a slice, a mask or a list of indices -> list
 class Lazy:
     "A sequence of images that are opened when asked for: [i] is uint8 (3,S,S), [a:b] or [indices] (M,3,S,S); open(i) is a PIL image at its own size"
     def __repr__(self): return f'lazy, 3x{self.image}x{self.image}'
-    def one(self, i:int): return fit(self.open(i, (self.image,)*2), self.image)
-    def many(self, rows:list): return torch.stack([self.one(j) for j in rows])
+    def one(self, i:int)->torch.Tensor: return fit(self.open(i, (self.image,)*2), self.image)
+    def many(self, rows:list)->torch.Tensor: return torch.stack([self.one(j) for j in rows])
     def __getitem__(self, i):
         rows = rows_of(i, len(self))
         if rows is None:

@@ -118,7 +118,8 @@ def stl10(folder:Path, progress:bool)->dict: # splits train, test, unlabelled
 # %% ../nbs/04_sources.ipynb #9dad22d0
 SPLITS = dict(train=('train',), test=('test','val','valid','validation'))
 
-def part_of(path:Path, split:str)->Path|None: # the subfolder for a split: train, or the first of test, val, …
+def part_of(path:Path, split:str)->Path|None: # None: there is none
+    "The subfolder of a split: train, or the first there is of test, val, …"
     return next((path/s for s in SPLITS[split] if (path/s).is_dir()), None)
 
 def imagenette(folder:Path, split:str, progress:bool): # paths, labels, class names, where from

@@ -19,7 +19,8 @@ def level_colors(
     "One colour a level, in order along viridis without its palest end; up to four levels, the same whatever n is."
     return [mpl.colormaps['viridis'](.05 + .8 * l / max(n - 1, 3)) for l in range(n)]
 
-arm_colors = dict(hjepa='#c2410c', pooled_l0='#1f9bd9', untrained='#5b616e', pixels='#b8bec9', supervised='#1e3fae')
+arm_colors = dict( # the model, its controls
+    hjepa='#c2410c', pooled_l0='#1f9bd9', untrained='#5b616e', pixels='#b8bec9', supervised='#1e3fae')
 
 # %% ../nbs/01_style.ipynb #2e53512b
 look = {'figure.dpi': 110, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'figure.figsize': (5, 3), 'font.size': 9,
