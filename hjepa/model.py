@@ -118,15 +118,13 @@ def cells(self:HJEPA, hidden:list, P:Pyramid, origins:list, pooled=False, unit=0
     return [None if not c else c[0] if len(c) == 1 else torch.cat(c, -1) if lv.join == 'concat' else torch.stack(c).mean(0) for c in out]
 
 @patch
-@torch.no_grad()
 def levels(self:HJEPA, x:Tensor, pooled=False, unit=0) -> list: # (B,3,H,W) uint8 or float in [0,1] -> per level, from the unit on, (B,N_l,D) float32
     "Features of every level, as judged by `hjepa.evaluate`."
     d, dev = self.recipe.data, self.encoder.blocks[0].norm1.weight.device
-    return self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled, unit=unit)[unit:]
+    with torch.no_grad(): return self.targets(normalise(x.to(dev), d.mean, d.std), pooled=pooled, unit=unit)[unit:]
 
 # %% ../nbs/40_model.ipynb #57b10002
 @patch
-@torch.no_grad()
 def read(self:HJEPA,
     x:Tensor, # (B,3,H,W) uint8 or float in [0,1]
     what=('levels', 'pooled_l0', 'blocks'), # what is wanted
@@ -136,7 +134,7 @@ def read(self:HJEPA,
     gs = self.recipe.levels.groups
     of = dict(levels=gs, pooled_l0=gs[:1] * len(self.pyramid), blocks=[(k,) for k in range(1, self.target.depth + 1)])
     order = sorted({k for w in what for g in of[w] for k in g})
-    hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
+    with torch.no_grad(): hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
     P, of = self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]]), {w: [[hidden[k] for k in g] for g in of[w]] for w in what}
     return {w: [F.layer_norm(h.float(), h.shape[-1:]) for h, in hs] if w == 'blocks' else self.cells(hs, P, P.origins(), w == 'pooled_l0') for w, hs in of.items()}
 
@@ -197,6 +195,7 @@ def forward(self:HJEPA,
 # %% ../nbs/40_model.ipynb #61177c4a
 @patch
 def build_losses(self:HJEPA):
+    "A chance level and an answer as wide as its target for every level, and the weights between levels."
     lv, p, D = self.recipe.levels, self.recipe.prediction, self.recipe.encoder.dim
     widths = [D * len(g) if lv.join == 'concat' else D for g in lv.groups[:self.levels_predicted]]
     if self.own: widths = [t.shape[-1] for t in self.own(torch.zeros(1, 3, *[self.recipe.data.image]*2), self.pyramid, self.pyramid.origins(), self.recipe.encoder.patch)]
@@ -214,7 +213,8 @@ def predicted_rows(self:HJEPA, V:int, B:int): # rows of the V*B view images that
 
 # %% ../nbs/40_model.ipynb #433e0b52
 @patch
-def score(self:HJEPA, l:int, a, t, w=None) -> Tensor: # answers, targets (B,M,D), weights (B,M) -> scalar, relative to the chance of level l
+def score(self:HJEPA, l:int, a, t, w=None) -> Tensor: # answers, targets (B,M,D), weights (B,M) -> scalar
+    "The loss of level l, relative to its chance level; 0 where nothing is asked."
     if not a.shape[1]: return a.sum() * 0
     d = distance(a.float(), t, self.chance[l].kind)
     return self.chance[l].relative((d if w is None else w * d).mean())
@@ -249,12 +249,12 @@ def next_view(self:HJEPA, ctx, seen, wanted, places, frames) -> Tensor: # scalar
     return sum(a * b for a, b in zip(g, scores)) / sum(g)
 
 @patch
-@torch.no_grad()
 def calibrate(self:HJEPA, pieces): # of (views, masks, ...): one whole batch
     "Set the chance levels from a batch before the first step."
     if not self.levels_predicted: return
     rows = [(v.flatten(0, 1)[self.predicted_rows(*v.shape[:2])], m.origins) for v, m, *_ in pieces]
-    for c, ts in zip(self.chance, zip(*[self.targets(x, o, levels=self.levels_predicted, train=True) for x, o in rows])): c.calibrate(ts)
+    with torch.no_grad():
+        for c, ts in zip(self.chance, zip(*[self.targets(x, o, levels=self.levels_predicted, train=True) for x, o in rows])): c.calibrate(ts)
 
 @patch
 def after_step(self:HJEPA, momentum:float): # EMA momentum of this step
