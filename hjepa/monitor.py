@@ -7,7 +7,7 @@ __all__ = ['Monitor', 'draw_losses', 'draw_looks', 'draw_question', 'draw_run', 
            'dashboard']
 
 # %% ../nbs/60_monitor.ipynb #a3edfe53
-import io, re, sys, time
+import io, re, sys, textwrap, time
 from contextlib import nullcontext
 from importlib.util import find_spec
 import torch
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from fastcore.basics import patch
-from .style import hide_axes, level_colors, style
+from .style import arm_colors, hide_axes, level_colors, style
 from .evaluate.card import shade
 from .evaluate.features import cells
 from .evaluate.probes import knn_predict, standardise
@@ -31,7 +31,8 @@ class Monitor:
         labels:Tensor|None=None, # (n,) for the k-NN; None leaves it out
     ):
         self.images, self.labels, self.rows, self.start = images, labels, [], None
-    def knn(self, feats): # accuracy of the last quarter, judged by the first three
+    def knn(self, feats): # (n,D)
+        "Accuracy of the last quarter of the sample, judged by the first three."
         n, y = len(feats) * 3 // 4, self.labels
         bank, query = standardise(feats[:n], feats[n:])
         return float((knn_predict(bank, y[:n], query, int(y.max()) + 1) == y[n:]).float().mean())
@@ -81,17 +82,17 @@ def draw_losses(ax, rows:list): # of history.csv
     for k, c in zip(keys or ['loss'], level_colors(len(keys) or 1)):
         ax.plot(*zip(*((r['step'], r[k]) for r in rows if k in r)), c=c, label=f"{k.replace('_', ' ')}: {rows[-1][k]:.2f}")
     if keys: ax.axhline(1, c='.5', lw=1, ls=':')
-    ax.set(xlabel='step', ylabel='loss / chance' if keys else 'loss', ylim=(0, None)); ax.legend(fontsize=8); ax.locator_params(nbins=4)
+    ax.set(xlabel='step', ylabel='loss / chance' if keys else 'loss', ylim=(0, None)); ax.legend(); ax.locator_params(nbins=4)
 
 def draw_looks(ax, looks:list, steps:int): # of monitor.csv; of the whole run
-    "The monitor's numbers over the untrained network's; below the shade, alike."
+    "The monitor's numbers over the untrained network's; in the shade, a tenth of them or less."
     names = dict(energy='energy', spread='spread', erank='rank', knn='k-NN')
-    for (k, name), c in zip(names.items(), ('#0f766e', '#c2410c', '#1d4ed8', '#6b7280')):
+    for (k, name), c, m in zip(names.items(), ('supervised', 'hjepa', 'pooled_l0', 'untrained'), 'os^D'):
         if looks and k in looks[0]:
-            ax.plot([r['step'] for r in looks], [max(r[k] / max(looks[0][k], 1e-9), .03) for r in looks], 'o-', ms=3, c=c, label=f'{name}: {looks[-1][k]:.3f}')
-    ax.axhspan(.03, .1, color='#c2410c', alpha=.12, lw=0)
+            ax.plot([r['step'] for r in looks], [max(r[k] / max(looks[0][k], 1e-9), .03) for r in looks], m + '-', ms=4, c=arm_colors[c], label=f'{name}: {looks[-1][k]:.3f}')
+    ax.axhspan(.03, .1, color=arm_colors['hjepa'], alpha=.12, lw=0)
     ax.set(xlabel='step', ylabel='times the untrained', yscale='log', xlim=(0, steps), ylim=(.03, 60)); ax.set_yticks((.1, 1, 10), ('0.1', '1', '10')); ax.minorticks_off()
-    if looks: ax.legend(fontsize=8, ncols=2, loc='upper right', handlelength=1, columnspacing=1)
+    if looks: ax.legend(ncols=2, loc='upper right', handlelength=1, columnspacing=1)
     ax.locator_params('x', nbins=4)
 
 # %% ../nbs/60_monitor.ipynb #60a00003
@@ -109,13 +110,13 @@ def draw_question(ax, pyramid, masks, image:Tensor, levels:int): # of one image,
     ax.set(xlim=(0, (levels + 1)*gap*w - (gap - 1)*w), ylim=(h, 0)); hide_axes(ax)
 
 def draw_run(rows, looks, words, steps, question, title='') -> Figure: # question: pyramid, masks, image, levels, as above
-    "The dashboard's picture."
+    "The dashboard's picture: losses and looks, and under them the question."
     with style():
-        fig = Figure(figsize=(9.6, 2.5), dpi=100, layout='none'); n = question[-1] + 1
-        a, b, c = fig.subplots(1, 3, width_ratios=(1.3, 1.4, .8*n), gridspec_kw=dict(left=.05, right=.995, bottom=.19, top=.8, wspace=.21))
+        fig = Figure(figsize=(6.8, 4.4), dpi=100, layout='none')
+        a, b, c = (fig.add_axes(box) for box in ((.09, .56, .37, .28), (.6, .56, .385, .28), (.02, .01, .96, .36)))
         draw_losses(a, rows); draw_looks(b, looks, steps); draw_question(c, *question)
         bad = words[0] != 'healthy' and len(looks) > 1
-        b.set_title(re.split(r' \(|;', words[0])[0] if looks else 'no monitor', color='#b91c1c' if bad else 'k'); fig.suptitle(title, x=.01, ha='left', size=10)
+        b.set_title(textwrap.fill(re.split(r' \(|;', words[0])[0], 40) if looks else 'no monitor', size=9, color='#b91c1c' if bad else 'k'); fig.suptitle(title, x=.01, ha='left', size=10)
     return fig
 
 # %% ../nbs/60_monitor.ipynb #60a00005
@@ -139,7 +140,9 @@ class Dashboard:
         self.button.comm._reply_subshell_for = None     # ipykernel from 7.4 on would hand clicks to the thread that made the button, the busy one
         self.drawn, self.cost, self.share, self.heard = None, 0., share, hears_clicks()
         self.handle = display(W.VBox([W.HBox([self.button] * self.heard + [self.says]), self.view]), display_id=True)
-    def press(self, stop): stop('button'); self.button.disabled, self.button.description = True, 'stopping …'
+    def press(self, stop):
+        "What a click does."
+        stop('button'); self.button.disabled, self.button.description = True, 'stopping …'
     def __enter__(self): return self
     def __exit__(self, *exc):
         from IPython.display import Image

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .config import Branch, HJEPAError, change, from_yaml, full_key, nearest, recipe, to_yaml
 from .files import write
 from .style import arm_colors, save, style
-from .data.sets import load as load_images
+from .data.sets import ImageSet, load as load_images
 from .model import build
 from .evaluate.probes import stratified_subset
 from .evaluate.card import arms as features_of, headline, judge, names, pts, table
@@ -25,6 +25,7 @@ from .train import Trainer, fit, run_folder, same_recipe, write_rows
 
 # %% ../nbs/62_sweep.ipynb #62000007
 class Sweep(Branch):
+    "What a sweep file may say: arms, combinations, seeds, and what is held equal."
     name:str = Field(pattern=r'^[\w.-]+$') # of the folder and the results
     recipe:str | dict = 'cifar10-cpu'  # a name, a YAML file, or nested keys
     change:dict = {}                   # recipe keys of all arms
@@ -47,7 +48,9 @@ def read_sweep(s) -> Sweep: # the path of a YAML file, or a dict
         raise HJEPAError(f"Key '{path}' of a sweep: {err['msg'][0].lower()}{err['msg'][1:]}.") from None
 
 # %% ../nbs/62_sweep.ipynb #62000008
-def slug(arm:str): return re.sub(r'[^\w.=-]+', '-', arm) # the arm, as part of a folder's name
+def slug(arm:str) -> str:
+    "An arm's name as part of a folder's name."
+    return re.sub(r'[^\w.=-]+', '-', arm)
 
 def recipes_of(s:Sweep) -> dict: # arm -> Recipe, without its seed
     "Every arm's recipe; all of them are checked before anything is trained."
@@ -94,16 +97,20 @@ def equalise(s:Sweep, rs:dict, images, folder:Path) -> dict: # arm -> Recipe; f(
 
 # %% ../nbs/62_sweep.ipynb #62000010
 class Images:
-    "The images of a sweep."
+    "The images of a sweep: to train on, to learn the probes from, to judge on."
     def __init__(self, base, data=None): # the sweep's own recipe; an ImageSet to train on in place of its set by name
         self.base, self.data, self.get, self.parts = base, data, functools.cache(load_images), functools.cache(self.split)
-    def split(self, image:int): # pixels -> (to train on, held out)
+    def split(self, image:int) -> tuple: # pixels a side -> (to train on, held out)
+        "The sweep's training images, parted once for all arms and seeds."
         whole = self.data or self.get(self.base.data.name, 'train', image=image)
         if (whole.labels < 0).any(): raise HJEPAError(f'{whole.name} has images without labels, and a sweep judges by labels: sweep on another set.')
         out = stratified_subset(whole.labels, max(1, min(5000, len(whole) // 10)), 1234)
         return whole.subset(torch.ones(len(whole), dtype=torch.bool).index_fill(0, out, False)), whole.subset(out)
-    def training(self, r): return self.parts(r.data.image)[0] if r.data.name == self.base.data.name else self.get(r.data.name, 'train', image=r.data.image)
-    def judging(self, r, final:bool): # -> (labelled, judging)
+    def training(self, r) -> ImageSet: # an arm's recipe
+        "What an arm is trained on."
+        return self.parts(r.data.image)[0] if r.data.name == self.base.data.name else self.get(r.data.name, 'train', image=r.data.image)
+    def judging(self, r, final:bool) -> tuple: # an arm's recipe; on the test split? -> (labelled images, judging images)
+        "What its probes learn from, and what they are judged on."
         (rest, out), d = self.parts(r.data.image), self.base.data
         return rest.subset(stratified_subset(rest.labels, d.labelled, 0)), self.get(d.name, 'test', image=r.data.image) if final else out
 
@@ -129,7 +136,8 @@ def keep(file:Path, r, said, row=None) -> dict|None: # where the row lies; the r
     return old['row'] if old['said'] == said else None
 
 # %% ../nbs/62_sweep.ipynb #62000015
-def interval(x:list) -> dict: # values of a few runs -> mean, its 95 % t-interval (None for one value), the values
+def interval(x:list) -> dict: # values of a few runs -> mean, lo, hi, each
+    "The mean, its 95 % t-interval (None for one value), and the values."
     m, n = statistics.mean(x), len(x)
     half = stats.t.ppf(.975, n - 1) * statistics.stdev(x) / n**.5 if n > 1 else None
     return dict(mean=m, lo=m - half if n > 1 else None, hi=m + half if n > 1 else None, each=x)
@@ -148,16 +156,16 @@ def summary(rows:list) -> dict: # {arm: {probe: {mean, lo, hi, each, minus_first
 def plot_sweep(rows:list, title:str=''): # of sweep()
     "Left: accuracy, a dot a run; right: paired differences to the first arm."
     s = summary(rows); k, hot = len(s), arm_colors['hjepa']
-    fig, axes = plt.subplots(2, 2, figsize=(7.5, 1.6 + .56*k), sharey=True, sharex='col', width_ratios=(1.2, 1))
+    fig, axes = plt.subplots(2, 2, figsize=(6.6, 1.7 + .52*k), sharey=True, sharex='col', width_ratios=(1.2, 1))
     for (ax, bx), p in zip(axes, ('linear', 'knn')):
         for y, d in enumerate(by[p] for by in s.values()):
-            for c, v in d['controls'].items(): ax.plot(100*v, y, '|', ms=11, mew=2, c=arm_colors[c], label=c)
+            for c, v in d['controls'].items(): ax.plot(100*v, y, '|', ms=11, mew=2, c=arm_colors[c], label=c.replace('pooled_l0', 'level 0 pooled'))
             ax.plot([100*v for v in d['each']], [y] * len(d['each']), 'o', ms=3.5, mfc='none', c=hot, label='a run')
             ax.plot(100*d['mean'], y, 'D', ms=5, c=hot, label='mean')
             if m := d['minus_first']: bx.plot(100*m['mean'], y, 'D', ms=5, c='k'); bx.plot([100*x for x in (m['lo'], m['hi']) if x is not None], [y] * 2 * (m['lo'] is not None), c='k')
-        bx.axvline(0, c='0.6', lw=1); ax.set(yticks=range(k), yticklabels=s, ylim=(k - .5, -.5)); ax.set_title(f'{names[p]}: accuracy, %', loc='left')
-        bx.set_title(f'minus “{next(iter(s))}”, points', loc='left')
-    fig.legend(*[x[:5] for x in axes[0, 0].get_legend_handles_labels()], loc='outside lower center', ncols=5, fontsize=8); fig.suptitle(title, fontsize=9)
+        bx.axvline(0, c='0.6', lw=1); ax.set(yticks=range(k), yticklabels=s, ylim=(k - .5, -.5)); ax.set_title(names[p], loc='left'); bx.set_title('minus the first arm', loc='left')
+    axes[1, 0].set_xlabel('accuracy, %'); axes[1, 1].set_xlabel('points, 95 % over seeds')
+    fig.legend(*[x[:5] for x in axes[0, 0].get_legend_handles_labels()], loc='outside lower center', ncols=5, handletextpad=.3, columnspacing=1.2); fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../nbs/62_sweep.ipynb #62000018

@@ -224,6 +224,7 @@ def rehearse(self:Trainer, warm=5, timed=20) -> float: # seconds a step
 
 @patch
 def sync(self:Trainer):
+    "Wait for the device, before a clock is read."
     if self.device.type == 'cuda': torch.cuda.synchronize()
 
 @patch
@@ -252,6 +253,7 @@ def save(self:Trainer):
     counts = [{k: g[k] for k in ('k', 'weight_sum', 'lr_max') if k in g} for g in self.opt.param_groups]    # what schedulefree keeps there
     write_tensors(self.out / 'state.safetensors', state, {'recipe': to_yaml(self.r), 'counts': json.dumps(counts), **facts})
 
+# %% ../nbs/61_train.ipynb #844ffc0b
 @patch
 def restore(self:Trainer) -> bool: # True if there was something to go on from
     "Go on from the run directory's state."
@@ -329,7 +331,7 @@ def run(self:Trainer) -> bool: # True when the run came to its end
 # %% ../nbs/61_train.ipynb #5f635a4e
 @contextmanager
 def stop_signals(): # yields a list that fills when a stop is asked for
-    "Ctrl-C and a scheduler's SIGTERM end the loop *between* two steps: inside one they would tear weights and step apart. A second one does not wait."
+    "Ctrl-C and a scheduler's SIGTERM end the loop between two steps; inside one they would tear weights and step apart. A second one does not wait."
     asked, old, mine = [], {}, threading.current_thread() is threading.main_thread()
     def ask(n, _):
         if asked: raise KeyboardInterrupt
