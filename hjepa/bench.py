@@ -81,14 +81,20 @@ def loss(self:Step, views, masks, *local):
 
 # %% ../nbs/90_bench.ipynb #90e00001
 @patch
-def backward(self:Step, loss): (loss / self.r.train.accumulate).backward()
+def backward(self:Step, loss):
+    "Gradients of a piece."
+    (loss / self.r.train.accumulate).backward()
 @patch
 def clip(self:Step):
+    "Gradients no longer than the recipe allows."
     if self.r.optim.clip: torch.nn.utils.clip_grad_norm_(self.params, self.r.optim.clip)
 @patch
-def move(self:Step): self.opt.step(); self.opt.zero_grad(set_to_none=True)
+def move(self:Step):
+    "The weights, by the optimizer."
+    self.opt.step(); self.opt.zero_grad(set_to_none=True)
 @patch
 def follow(self:Step):
+    "The slow copy, by a little."
     o = self.r.optim
     with settled(self.opt): self.model.after_step((linear if o.ema_schedule == 'linear' else cosine)(o.ema, o.ema_end, self.n / 1000))
 
@@ -190,6 +196,7 @@ def __call__(self:PeerStep, masks=None):
 
 @patch
 def tokens(self:PeerStep) -> dict:
+    "Tokens an image of each network, means over the masks drawn."
     c, k = [sum(s) / len(self.sizes) for s in zip(*self.sizes)]
     return dict(context=c, target=self.encoder.patch_embed.num_patches, predictor=4 * (c + k), predicted=4 * k)
 
@@ -245,6 +252,7 @@ def facts(self:PeerStep) -> dict:
 STEPS = dict(ijepa=(PeerStep, ('src/helper.py', 'src/masks/multiblock.py', 'src/models/vision_transformer.py')), mae=(MAEStep, ('models_mae.py', 'util/misc.py', 'util/lr_sched.py')))
 
 def named_peer(peer) -> tuple: # NAME=PATH, or a path to I-JEPA -> name, path
+    "Which peer, and where its checkout lies."
     name, given, path = str(peer).partition('='); return (name, path) if given else ('ijepa', name)
 
 class Peer:
@@ -288,6 +296,7 @@ def ask(self:Peer, question): # JSON in, JSON out
 
 @patch
 def close(self:Peer):
+    "End its process."
     if self.proc.poll() is None: self.proc.stdin.close(); self.proc.wait(30)
     self.log.close()
 

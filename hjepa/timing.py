@@ -33,7 +33,8 @@ def bench_masks(g:int, cells, match=None) -> tuple: # hidden, predict: cells per
     return tuple(hidden), tuple(predict)
 
 # %% ../nbs/87_timing.ipynb #e9df3845
-def width_depth(text:str, what:str) -> tuple:
+def width_depth(text:str, what:str) -> tuple: # '192x6', what it is of -> (192, 6)
+    "Two numbers from a word."
     try: width, depth = map(int, text.lower().split('x')); return width, depth
     except ValueError: raise HJEPAError(f"{what} '{text}' is not WIDTHxDEPTH: write for example 192x6.") from None
 
@@ -67,10 +68,13 @@ def fewer_levels(r:Recipe, n:int) -> Recipe: # as many context tokens and questi
     return recipe(r, **{'levels.cells': c[:n], 'levels.weights': (1.,) * n, 'levels.depths': (*d[:k], max(b for g in r.levels.groups[k:len(c)] for b in g), *d[len(c):]),
         'masks.hidden': hidden, 'masks.predict': (*asked[:k], min(sum(asked[k:]), sure[k]))})
 
-def one_level(r:Recipe) -> Recipe: return fewer_levels(r, 1) # the recipe without its hierarchy
+def one_level(r:Recipe) -> Recipe:
+    "The recipe without its hierarchy."
+    return fewer_levels(r, 1)
 
 # %% ../nbs/87_timing.ipynb #2da78c58
 def sync(device):
+    "Wait until the device has done all that it was given."
     if torch.device(device).type == 'cuda': torch.cuda.synchronize()
     if torch.device(device).type == 'mps': torch.mps.synchronize()
 
@@ -92,6 +96,7 @@ def peak_bytes(step, standing, device): # a callable; the tensors alive between 
         torch.cuda.reset_peak_memory_stats(); step(); sync(device)
         return torch.cuda.max_memory_allocated()
     if kind != 'cpu': return None
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                    # the profiler's log is no result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: step()
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
     held = peak = 0
@@ -121,9 +126,11 @@ def product_rate(device, precision='fp32', times=8) -> float: # FLOP/s
 
 # %% ../nbs/87_timing.ipynb #87a00010
 def ratios(a:list, b:list) -> dict: # rates of two sides, round by round
+    "Median of a / b, and its range over the rounds."
     q = [x / y for x, y in zip(a, b)]
     return dict(ratio=statistics.median(q), ratio_range=[min(q), max(q)])
 
-def child_env() -> dict: # environment of a Python that finds this package
+def child_env() -> dict:
+    "Environment of a Python that finds this package."
     root = str(Path(sys.modules[HJEPAError.__module__].__file__).resolve().parent.parent)
     return os.environ | {'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')])}

@@ -151,7 +151,7 @@ def verdict(head:dict, coarse:dict, coll:dict, missing={}, who='The trained enco
 # %% ../../nbs/evaluate/58_card.ipynb #99b361d4
 def plot_scores(scores:dict): # of judge()
     "Accuracy of every arm by level, both probes."
-    fig, axes = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3), sharey=True, squeeze=False); axes = axes[0]
+    fig, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 3), sharey=True, squeeze=False); axes = axes[0]
     for ax, (p, by_arm) in zip(axes, scores.items()):
         for k, (a, levels) in enumerate(by_arm.items()):
             s = list(levels.values()); c = arm_colors[a]
@@ -161,7 +161,7 @@ def plot_scores(scores:dict): # of judge()
             y, lo, hi = (100*np.array([getattr(o, f) for o in s]) for f in ('acc', 'lo', 'hi'))
             ax.errorbar(np.arange(len(s)) + .05*(k - 1.5), y, [y - lo, hi - y], marker='o', ms=4, capsize=2, color=c, label=shown_as(a))
         ax.set(title=names[p], xlabel='level, fine to coarse', xticks=range(len(by_arm['hjepa'])))
-    axes[0].set_ylabel('test accuracy, %'); axes[-1].legend(fontsize=8)
+    axes[0].set_ylabel('test accuracy, %'); fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #62ebe22e
@@ -214,12 +214,12 @@ def flat_maps(
 def plot_maps(rows:dict, labels, classes): # {row: flat_maps()}, (N,), names
     "Maps side by side, a row an arm, at most ten classes coloured."
     n = max(map(len, rows.values()))
-    fig, axes = plt.subplots(len(rows), n, figsize=(3.6*n + 1, 3.2*len(rows)), squeeze=False)
+    fig, axes = plt.subplots(len(rows), n, figsize=(3*n + 1, 2.8*len(rows)), squeeze=False)
     for line, (row, maps) in zip(axes, rows.items()):
         for ax, (title, m) in zip(line, maps.items()):
-            for k, name in list(enumerate(classes))[:10]: i = np.asarray(labels) == k; ax.scatter(*m[i].T, s=3, color=f'C{k}', label=name, lw=0)
-            ax.set_title(f'{row}: {title}', fontsize=8); hide_axes(ax)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right upper', markerscale=3, fontsize=7)
+            for k, name in list(enumerate(classes))[:10]: i = np.asarray(labels) == k; ax.scatter(*m[i].T, s=5, color=f'C{k}', label=name, lw=0)
+            ax.set_title(f'{row}: {title}', fontsize=9); hide_axes(ax)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right upper', markerscale=3)
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #ed66ed74
@@ -246,10 +246,10 @@ def plot_neighbours(
                 left = c*col + (gap if c else 0)
                 sheet[r*row:r*row + s, left:left + s] = _picture(src.images[j])
                 right = src.labels[j] == test.labels[i]
-                ax.text(left + s/2, r*row + s*1.02, str(src.classes[int(src.labels[j])])[:14], ha='center', va='top', fontsize=7,
+                ax.text(left + s/2, r*row + s*1.02, str(src.classes[int(src.labels[j])])[:14], ha='center', va='top',
                         color='k' if right else '#b91c1c', weight='bold' if c == 0 else None)
         ax.imshow(sheet, aspect='equal'); hide_axes(ax)
-        ax.set_title(f'{l}: a test image, then its nearest labelled images', loc='left', fontsize=8)
+        ax.set_title(f'{l}: a test image, then its nearest labelled images', loc='left')
     return fig
 
 # %% ../../nbs/evaluate/58_card.ipynb #953f6389
@@ -268,8 +268,8 @@ def plot_masks(model, images, n=4, seed=0): # model with draw_masks(), (N,3,H,W)
     dimmed = shade(views, seen.repeat_interleave(k, -1).repeat_interleave(k, -2))
     other = [f'level {L}: another view'] if model.whole else []
     fig, axes = plt.subplots(n, 1 + L + len(other), figsize=(1.5*(1 + L + len(other)), 1.5*n + .3), squeeze=False)
-    for ax, t in zip(axes[0], ['image', *(f'level {l}' for l in range(L)), *other]): ax.set_title(t, fontsize=8)
-    fig.supxlabel('shaded: hidden from the encoder; outlined: asked of the predictor at this level', fontsize=8)
+    for ax, t in zip(axes[0], ['image', *(f'level {l}' for l in range(L)), *other]): ax.set_title(t, fontsize=9)
+    fig.supxlabel('shaded: hidden from the encoder; outlined: asked of the predictor at this level', fontsize=9)
     for i, row in enumerate(axes):
         for ax, im in zip(row, [x[i] / 255, *[dimmed[0, i]]*L, *[dimmed[-1, i]]*len(other)]): ax.imshow(im.permute(1, 2, 0).clamp(0, 1).numpy()); hide_axes(ax)
         for l, ax in enumerate(row[1:L + 1]):
@@ -320,7 +320,9 @@ captions = dict(
     masks='What the training asked: visible and hidden pixels of a view, and the cells that the predictor had to answer for.',
     loss='Loss of each level over the training, as a share of chance (dotted: no better than the mean target).')
 
-def picture(file, caption): return f'![{caption}](figures/{file})\n\n*{caption}*' # Markdown
+def picture(file, caption):
+    "A figure of the card and its caption, as Markdown."
+    return f'![{caption}](figures/{file})\n\n*{caption}*'
 
 def markdown(r:dict) -> str: # of report()
     "The card for people."

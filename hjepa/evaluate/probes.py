@@ -135,9 +135,13 @@ def fit_logistic(
 
 
 # %% ../../nbs/evaluate/51_probes.ipynb #1ec6c132
-def logits(z, w): return z @ w[:, :-1].T + w[:, -1]
+def logits(z, w): # (N,F), (K,F+1) with the bias last -> (N,K)
+    "Scores of a linear map."
+    return z @ w[:, :-1].T + w[:, -1]
 
-def classify(z, w): return logits(z, w).argmax(1)
+def classify(z, w): # as logits() -> (N,)
+    "The class with the highest score."
+    return logits(z, w).argmax(1)
 
 def principal(
     x:Tensor,       # (N,F) standardised

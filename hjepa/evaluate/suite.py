@@ -202,7 +202,8 @@ def part_transfer(job:Job, most=2000) -> dict: # most: test images of a task; No
                 head=['task', 'chance', *map(shown_as, own), 'minus untrained'], rows=rows, after=vtab, data=r)
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59aa0002
-def dense_size(job:Job) -> int: # pixels: eight patches a side, at least 64
+def dense_size(job:Job) -> int: # pixels
+    "Side of the scenes that are segmented: eight patches, at least 64 pixels."
     own = getattr(job.model.recipe, 'encoder', None)
     return max(64, 8*own.patch) if own else 8*job.model.grids[0][0]     # a foreign encoder brings all sizes to its own
 
