@@ -225,7 +225,7 @@ def run_sweep(args):
     return 0 if out['finished'] else 130
 
 def add_sweep(add):
-    "`sweep`."
+    "Adds the command `sweep`."
     q = add(run_sweep, 'sweep', 'train arms of a recipe over seeds, one after the other, and compare them on held-out training images', """hjepa sweep levels.yaml
 
   name: levels             # of runs/NAME and results/NAME.csv
@@ -275,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/91_cli.ipynb #91b00002
 def add_growth(kind, of_step, precision, encoders):
-    "`bench growth`, `bench attention` and `bench latency`."
+    "Adds `bench growth`, `bench attention` and `bench latency`."
     ints = lambda q, **kw: [q.add_argument(f'--{k}', type=int, default=v, help=f'{h}, default: {v}') for k, (v, h) in kw.items()]
     q = of_step(time_growth, 'growth', 'images a second of the training loop against batch, tokens, levels, views and processes', 'hjepa bench growth --encoder vit_tiny --axes batch levels --json out.json')
     q.add_argument('--axes', nargs='+', default=list(AXES), choices=AXES, help='what grows (default: all)'); q.add_argument('--compile', action='store_true')
@@ -289,7 +289,7 @@ def add_growth(kind, of_step, precision, encoders):
 
 # %% ../nbs/91_cli.ipynb #d0566a10
 def add_bench(add):
-    "`bench step`, `bench memory`, `bench data`, `bench eval`, and those of `add_growth`."
+    "Adds `bench step`, `bench memory`, `bench data`, `bench eval`, and those of `add_growth`."
     both = add(bench, 'bench', 'time the training step, alone or beside a peer; what checkpointing saves; how the step grows; attention; one image; the data beside torchvision alone; or the evaluation beside timm and scikit-learn',
                'hjepa bench step --encoder vit_tiny --image 224 --patch 16 --batch 16 --predictor 192x6 --peer ijepa=../ijepa --json out.json').add_subparsers(dest='what', required=True)
     def kind(f, name, help, example):

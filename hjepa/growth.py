@@ -172,7 +172,9 @@ def price(rows:list) -> dict:
     q = ratios(rows[0]['rounds'], rows[-1]['rounds'])
     return dict(price=q['ratio'] - 1, price_range=[v - 1 for v in q['ratio_range']])
 
-def said(): return ' '.join(['hjepa', *sys.argv[1:]]) if Path(sys.argv[0]).stem == 'hjepa' else None
+def said(): # None outside of the command line
+    "The command that was given."
+    return ' '.join(['hjepa', *sys.argv[1:]]) if Path(sys.argv[0]).stem == 'hjepa' else None
 
 def growth_table(res:dict) -> str:
     "The figures in words."
