@@ -336,7 +336,3 @@ def main(argv=None) -> int: # exit status
         return args.run(args) or 0
     except HJEPAError as e: print(f'hjepa: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('hjepa: stopped', file=sys.stderr); return 130
-
-# %% ../nbs/91_cli.ipynb #91cd00ff
-#| eval: false
-if __name__ == '__main__': sys.exit(main())          # python -m hjepa.cli

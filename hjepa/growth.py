@@ -104,7 +104,7 @@ class Group:
     def __init__(self, n:int, threads:int, r:Recipe, device, precision, compile):
         spec = json.dumps(dict(recipe=to_yaml(r), threads=threads, device=str(device), precision=precision, compile=compile))
         self.log = tempfile.TemporaryFile('w+')
-        self.proc = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), '-m', 'hjepa.growth', spec],
+        self.proc = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), '--no-python', sys.executable, '-c', 'from hjepa.growth import serve_loop; serve_loop()', spec],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=child_env())
     def __call__(self, steps:int) -> float: # seconds
         try:
@@ -266,7 +266,3 @@ def latency_table(res:dict) -> str:
     "The figures in words."
     return '\n'.join([f"one image of {res['image']} pixels, {res['device']}, {res['threads']} threads, {res['precision']}",
         *(f"{e:10} {k:17} {s['ms']:6.1f} ms ({s['p5']:.1f} to {s['p95']:.1f})" for e, r in res['rows'].items() for k, s in r['sides'].items())])
-
-# %% ../nbs/88_growth.ipynb #88a00039
-#| eval: false
-if __name__ == '__main__': serve_loop()               # torch.distributed.run -m hjepa.growth
