@@ -34,7 +34,7 @@ h1,h2,h3 { line-height:1.25; } h2 { border-bottom:1px solid var(--line); padding
 pre { background:var(--code); padding:.65rem .9rem; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; border-radius:4px; font-size:.85rem; line-height:1.45; } code { font-family:ui-monospace, monospace; } :not(pre)>code { background:var(--code); padding:.08em .3em; border-radius:3px; font-size:.88em; }
 pre.output { background:none; border-left:3px solid var(--line); border-radius:0; margin-top:-.6rem; } img { max-width:100%; } figure { margin:1rem 0; } figcaption { color:var(--dim); font-size:.85rem; }
 col { width:auto !important; } table { border-collapse:collapse; font-size:.9rem; display:block; overflow:auto; } th,td { border-bottom:1px solid var(--line); padding:.25rem .7rem; text-align:left; vertical-align:top; }
-blockquote { margin-left:0; padding-left:1rem; border-left:3px solid var(--line); color:var(--dim); } [class*=callout] { border-left:4px solid var(--link); background:var(--code); padding:.2rem 1rem; margin:1rem 0; }
+math[display=block] { margin:.9rem 0; } blockquote { margin-left:0; padding-left:1rem; border-left:3px solid var(--line); color:var(--dim); } [class*=callout] { border-left:4px solid var(--link); background:var(--code); padding:.2rem 1rem; margin:1rem 0; }
 .turn { display:flex; justify-content:space-between; border-top:1px solid var(--line); margin-top:3rem; padding-top:.8rem; }
 .kw,.cf,.im { color:var(--kw); } .st,.ss,.vs,.ch { color:var(--st); } .dv,.fl,.bn,.va,.cn { color:var(--nu); } .co,.do { color:var(--co); font-style:italic; } .fu,.bu,.at { color:var(--fn); }
 @media (max-width:70rem) { nav#TOC { display:none; } } @media (max-width:46rem) { .page { flex-direction:column; } nav.side { position:static; max-height:none; order:1; } main { max-width:100%; } }
@@ -50,6 +50,8 @@ TEMPLATE = """<!DOCTYPE html>
 $if(toc)$<nav id="TOC">$toc$</nav>$endif$</div><script src="$root$search.js" data-root="$root$"></script></body></html>
 """
 SEARCH = """
+const here = document.querySelector('nav.side .here'), side = here && here.closest('nav'); // the page's own line in view
+if (side) side.scrollTop = here.offsetTop - side.offsetTop - side.clientHeight / 2;
 const root = document.currentScript.dataset.root || '', box = document.getElementById('q'), found = document.getElementById('found');
 box.addEventListener('input', () => { // every word must be there; titles before headings before first lines
   const words = box.value.toLowerCase().split(/\\s+/).filter(w => w), has = (t, w) => t.toLowerCase().includes(w);

@@ -37,7 +37,7 @@ def plan(a):
     size = lambda r: recipe(r, **{'encoder.depth': 2, 'levels.depths': (1, 1, 2)}) if a.tiny and not a.peer else r
     like = named_peer(a.peer or 'ijepa')[0]
     make = lambda e, m: size(bench_recipe(e, a.image, a.patch, a.batch or BATCH[e], PREDICTOR[e], like if m else None))
-    for on in {'off': [False], 'on': [True], 'both': [False, True]}[a.compile]:
+    for on in {'off': [False], 'on': [True], 'both': [True, False]}[a.compile]:
         for e in a.encoders:
             for m in [False, True] if a.match else [False]: yield f"{e}{' matched' if m else ''}{' compiled' if on else ''}", make(e, m), on, False
     if a.choices: yield 'choices', make(a.encoders[-1], False), a.compile != 'off', True
