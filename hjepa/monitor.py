@@ -113,7 +113,7 @@ def draw_run(rows, looks, words, steps, question, title='') -> Figure: # questio
     "The dashboard's picture: losses and looks, and under them the question."
     with style():
         fig = Figure(figsize=(6.8, 4.4), dpi=100, layout='none')
-        a, b, c = (fig.add_axes(box) for box in ((.09, .56, .37, .28), (.6, .56, .385, .28), (.02, .01, .96, .36)))
+        a, b, c = (fig.add_axes(box) for box in ((.09, .56, .37, .28), (.6, .56, .37, .28), (.02, .01, .96, .36)))
         draw_losses(a, rows); draw_looks(b, looks, steps); draw_question(c, *question)
         bad = words[0] != 'healthy' and len(looks) > 1
         b.set_title(textwrap.fill(re.split(r' \(|;', words[0])[0], 40) if looks else 'no monitor', size=9, color='#b91c1c' if bad else 'k'); fig.suptitle(title, x=.01, ha='left', size=10)
