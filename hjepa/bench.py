@@ -659,7 +659,7 @@ def bench_eval(encoder='vit_tiny', image:int=224, batch:int=32, n:int=128, knn=(
     aims = {'features not slower than timm, within the range of rounds': min(s) >= 1, 'k-NN under 30 s': k['seconds'] < 30, 'k-NN under 2 GB': k['peak_bytes'] < 2e9,
             'linear probe not slower than scikit-learn': all(r['ratio'] >= 1 for r in l['rows']), 'and within 0.2 points of it': all(abs(r['points']) <= .2 for r in l['rows'])}
     res = dict(what='features a second beside timm, k-NN time and memory, linear probe beside scikit-learn', **where, timm=timm.__version__, sklearn=sklearn.__version__,
-               load_after=machine(device)['load'], command=' '.join(['hjepa', *sys.argv[1:]]) if Path(sys.argv[0]).stem == 'hjepa' else None,
+               load_after=machine(device)['load'],
                features=f, knn=k, linear=l, aims=aims, seconds=round(time.perf_counter() - start, 1))
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'SIDES', 'Loop', 'growth_recipes', 'exponent', 'turns', 'grown_from', 'step_flops', 'flops_growth',
-           'serve_loop', 'Group', 'processes', 'bench_growth', 'price', 'said', 'growth_table', 'naive', 'one_length',
+           'serve_loop', 'Group', 'processes', 'bench_growth', 'price', 'growth_table', 'naive', 'one_length',
            'extra_bytes', 'bench_attention', 'attention_table', 'bench_latency', 'among', 'latency_table']
 
 # %% ../nbs/88_growth.ipynb #88a00009
@@ -162,7 +162,7 @@ def bench_growth(
             if a == 'tokens': got[a] |= flops_growth(todo[a])
             if a == 'levels': got[a] |= price(got[a]['rows'])
     res = dict(what='training loop on bytes that lie on the device: views, masks, target, context, predictor, backward, optimizer, slow copy',
-               **machine(device), command=said(), precision=precision, compile=compile, seed=r.seed, images=images, rounds=rounds, recipe=r.model_dump(mode='json'), axes=got)
+               **machine(device), precision=precision, compile=compile, seed=r.seed, images=images, rounds=rounds, recipe=r.model_dump(mode='json'), axes=got)
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res
 
@@ -171,10 +171,6 @@ def price(rows:list) -> dict:
     "Time of a step with all levels over that with one, round by round."
     q = ratios(rows[0]['rounds'], rows[-1]['rounds'])
     return dict(price=q['ratio'] - 1, price_range=[v - 1 for v in q['ratio_range']])
-
-def said(): # None outside of the command line
-    "The command that was given."
-    return ' '.join(['hjepa', *sys.argv[1:]]) if Path(sys.argv[0]).stem == 'hjepa' else None
 
 def growth_table(res:dict) -> str:
     "The figures in words."
@@ -226,7 +222,7 @@ def bench_attention(tokens=(64, 128, 256, 512, 1024, 2048, 4096), heads:int=3, w
     "Fused attention against naive, by length."
     device = device or best_device(); dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
     rows = [one_length(n, heads, width, total, device, dtype, rounds) for n in tqdm(tokens, 'attention', unit='length')]
-    res = dict(what='scaled_dot_product_attention against its formula', **machine(device), command=said(), precision=precision, heads=heads, width=width, total=total, rounds=rounds, seed=0, rows=rows)
+    res = dict(what='scaled_dot_product_attention against its formula', **machine(device), precision=precision, heads=heads, width=width, total=total, rounds=rounds, seed=0, rows=rows)
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res
 
@@ -253,7 +249,7 @@ def bench_latency(encoders=('vit_tiny', 'vit_small', 'vit_base'), image:int=224,
             for f in todo.values(): timed(f, 5, device)
             for k, f in list(todo.items()) * calls: ms[k].append(1000 * timed(f, 1, device))
         rows[e] = dict(sides={k: among(v) for k, v in ms.items()}, **ratios(*ms.values()))
-    res = dict(what='bytes of one image to features', **machine(device), command=said(), precision=precision, image=image, calls=calls, seed=0, timm=timm.__version__, rows=rows)
+    res = dict(what='bytes of one image to features', **machine(device), precision=precision, image=image, calls=calls, seed=0, timm=timm.__version__, rows=rows)
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res
 

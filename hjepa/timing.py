@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'MATCH', 'bench_masks', 'width_depth', 'bench_recipe', 'fewer_levels', 'one_level', 'sync', 'timed',
-           'standing_bytes', 'peak_bytes', 'best_device', 'machine', 'product_rate', 'ratios', 'child_env']
+           'standing_bytes', 'peak_bytes', 'best_device', 'said', 'machine', 'product_rate', 'ratios', 'child_env']
 
 # %% ../nbs/87_timing.ipynb #87a00003
 import os, platform, statistics, sys, time
@@ -108,11 +108,15 @@ def best_device() -> str:
     "cuda, mps or cpu, the first there is."
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
+def said() -> str|None: # None where it was a script or a notebook
+    "The command that was given, also as `python -c` with our `main`."
+    return ' '.join(['hjepa', *sys.argv[1:]]) if Path(sys.argv[0]).stem in ('hjepa', '-c') else None
+
 def machine(device) -> dict:
     "Where a number comes from."
     sha, dirty = commit()
     dev = torch.device(device)
-    return dict(commit=sha, dirty=dirty, device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else f'{dev.type} ({platform.machine()})',
+    return dict(commit=sha, dirty=dirty, command=said(), device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else f'{dev.type} ({platform.machine()})',
         threads=torch.get_num_threads(), cores=os.cpu_count(), load=list(os.getloadavg()) if hasattr(os, 'getloadavg') else None,
         torch=torch.__version__, python=platform.python_version(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
