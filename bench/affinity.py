@@ -28,7 +28,7 @@ def main():
     right = {}
     for k, f in read_arms(model, twin, best, pool, test, a.mode).items():
         right[k] = answers(f, tasks, a.labelled, a.probes, a.width); print(k, {t: r.mean(1).round(3).tolist() for t, r in right[k].items()}, flush=True)
-    Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), model=a.model, data=a.data, pool=len(pool), labelled=a.labelled,
+    Path(a.json).write_text(json.dumps(dict(machine('cpu'), model=a.model, data=a.data, pool=len(pool), labelled=a.labelled,
         probes=a.probes, width=a.width, mode=a.mode, test=len(test), supervised=dict(images=len(train), epochs=a.epochs), grids=[list(g) for g in model.grids],
         arms=affinity(right, tasks)), indent=1) + '\n')
 

@@ -60,7 +60,7 @@ def main():
             rep = json.loads((folder / 'report.json').read_text())
             runs.append(dict(arm=k, seed=seed, **{f: rep[f] for f in ('images_seen', 'train_seconds', 'flops_per_image', 'headline', 'coarse')}, scores=rep['scores']))
             print(k, seed, {q: (rep['headline'][q]['level'], *(f"{100 * x:.1f}" for x in (rep['headline'][q]['score']['acc'], rep['headline'][q]['over']['untrained']['diff']))) for q in ('linear', 'knn')}, flush=True)
-            Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), minutes=a.minutes, steps=steps, recipe=rs[next(iter(rs))].model_dump(mode='json'),
+            Path(a.json).write_text(json.dumps(dict(machine('cpu'), minutes=a.minutes, steps=steps, recipe=rs[next(iter(rs))].model_dump(mode='json'),
                 summary=summary(runs), runs=runs), indent=1) + '\n')
     return 0
 

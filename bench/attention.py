@@ -79,7 +79,7 @@ def main():
     p.add_argument('--images', type=int, default=500); p.add_argument('--labelled', type=int, default=5000); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--note', help='where the weights come from, if the name does not say'); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args()
-    facts = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), model=a.note or a.model, seed=a.seed)
+    facts = dict(machine('cpu'), model=a.note or a.model, seed=a.seed)
     model, twin = model_and_twin(a.model)
     t = time.perf_counter()
     pointing_, shown = pointed(model, twin, a.images, a.labelled, a.seed)

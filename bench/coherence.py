@@ -82,7 +82,7 @@ def main():
             if not f.exists(): r = scores(name, seed, a); f.write_text(json.dumps(r))
             rows.append(json.loads(f.read_text())); r = rows[-1]
             print(name, seed, f"knn {r['knn']:.3f}", {k: [round(o[s]['value'], 3) for s in ('hcs', 'hcs_minus')] for k, o in r['arms'].items()}, r['wrong_trees'], flush=True)
-            Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), train=a.train, epochs=a.epochs, test=a.test,
+            Path(a.json).write_text(json.dumps(dict(machine('cpu'), train=a.train, epochs=a.epochs, test=a.test,
                 trees={k: TREES[k] for k in a.sets}, rows=rows, verdict={s: verdict(rows, s) for s in ('hcs', 'hcs_minus')}), indent=1) + '\n')
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ def main():
     for k, m in nets.items(): out[k]['novelty'] = novelties(cells(m, few), m.grids)
     out['pooled_l0']['novelty'] = novelties(cells(model, few, pooled=True), model.grids)
     over = {k: minus(arms['hjepa'], arms[k], test.labels, paths) for k in ('untrained', 'pixels', 'pooled_l0')}
-    Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), model=a.model, data=a.data, labelled=len(some), test=len(test),
+    Path(a.json).write_text(json.dumps(dict(machine('cpu'), model=a.model, data=a.data, labelled=len(some), test=len(test),
         supervised=dict(images=len(train), epochs=a.epochs), grids=[list(g) for g in model.grids], classes=list(test.classes), tree=TREES[a.data], arms=out,
         over=over, claim=claim(over, out['hjepa']['novelty'])), indent=1) + '\n')
     print(json.dumps(dict(claim=claim(over, out['hjepa']['novelty']), **{k: [round(l['accuracy']['value'], 3) for l in o['levels']] for k, o in out.items()})))

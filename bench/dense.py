@@ -44,7 +44,7 @@ def main():
     if set(a.parts) != set(PARTS) and file.exists(): out, arrays = json.loads(file.read_text()), dict(np.load(file.with_suffix('.npz')))
     out |= dict(recipe=model.recipe.model_dump(mode='json'))
     def keep(part, r):
-        out[part] = r | dict(machine=machine('cpu'), command=' '.join(['python', *sys.argv]))
+        out[part] = r | dict(machine=machine('cpu'))
         file.write_text(json.dumps(out, indent=1, allow_nan=False) + '\n'); np.savez_compressed(file.with_suffix('.npz'), **arrays)
     for part, kinds in (('segmentation', True), ('objects', False)):
         if part not in a.parts: continue

@@ -83,7 +83,7 @@ def main():
         tau = threshold(cal, np.array(arm['cost']), HALF * arm['cost'][-1])
         out[name] = dict(note=note, blocks=cascade.exits.net.depth, arms={k: v[0] for k, v in got.items()}, leavers=leavers(t, tau, test), clock=timed(cascade, tau, test, a.rounds))
         if len(out) == 1: out[name] |= dict(sweep=sweep(t, arm['cost']), shown=pictures(t, said, tau, test, a.seed))
-    facts = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), data=a.data, images=len(test), labelled=len(train), classes=list(test.classes), seed=a.seed, seconds=round(time.perf_counter() - t0, 1))
+    facts = dict(machine('cpu'), data=a.data, images=len(test), labelled=len(train), classes=list(test.classes), seed=a.seed, seconds=round(time.perf_counter() - t0, 1))
     Path(a.json).write_text('{' + ',\n '.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in (facts | dict(models=tidy(out))).items()) + '}\n')
     return 0
 

@@ -36,7 +36,7 @@ def main():
     p.add_argument('--images', type=int, default=500); p.add_argument('--thumbs', type=int, default=60, help='images of which a thumbnail is kept')
     p.add_argument('--note', help='where the weights come from, if the name does not say'); p.add_argument('--out', required=True, metavar='NPZ')
     a = p.parse_args()
-    facts = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), model=a.note or a.model)
+    facts = dict(machine('cpu'), model=a.note or a.model)
     model, twin = model_and_twin(a.model); t, sets, size = time.perf_counter(), {}, side_of(model)
     for name, (x, colours, names) in {a.data: photographs(a.data, a.images, size), 'scenes': drawn(a.images, size)}.items():
         mix = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))                  # the first ones have thumbnails

@@ -27,7 +27,7 @@ def main():
     for n in a.counts:
         rows += by_labels(run.model, untrained(run.model.recipe), train, test, [n], quick, progress=sys.stderr.isatty())
         print(n, *(f"{100*rows[-1][k]['acc']:.1f}" for k in ('tuned', 'scratch')), rows[-1]['worth'], flush=True)
-        Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), pretraining_steps=a.steps,
+        Path(a.json).write_text(json.dumps(dict(machine('cpu'), pretraining_steps=a.steps,
             rows=rows), indent=1) + '\n')
     return 0
 

@@ -66,7 +66,7 @@ def main():
                     z = [features(model, x.images, s, a.device) for x in (train, test)]
                     found.append(dict(arm=k, seed=seed, trained=trained, patch=s, **linear_probe(z[0], train.labels, z[1], test.labels).json()))
                     print(k, seed, 'trained' if trained else 'untrained', s, f"{100 * found[-1]['acc']:.1f}", flush=True)
-        Path(a.json).write_text(json.dumps(dict(machine(a.device), command=' '.join(['python', *sys.argv]), recipe=base.model_dump(mode='json'), arms=ARMS, steps={k: r.train.steps for k, r in rs.items()},
+        Path(a.json).write_text(json.dumps(dict(machine(a.device), recipe=base.model_dump(mode='json'), arms=ARMS, steps={k: r.train.steps for k, r in rs.items()},
             flops={k: cost[k] * r.train.steps for k, r in rs.items()}, pixels=pixels, summary=summary(found), rows=found), indent=1) + '\n')
 
 def summary(found):

@@ -5,7 +5,7 @@
 The predictions were written before anything was measured: bench/NOTES.md. Ideas of the first kind leave what is computed
 as it is; the script checks the loss. Those of the second change what is learned. Rows are kept in the file by name.
 """
-import argparse, json, statistics, sys
+import argparse, json, statistics
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -130,8 +130,8 @@ def main():
             if name == 'one thread': torch.set_num_threads(1)
             times[1].append(timed(other, a.steps, 'cpu')); torch.set_num_threads(threads)
         res = ratios([1 / t for t in times[1]], [1 / t for t in times[0]])
-        rows[name] = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first if name in SAME or name in OTHER else None, seconds_per_step=[statistics.median(t) / a.steps for t in times],
-            first_two_steps=start, flops=[s.model.step_cost(2)['flops_per_image'] for s in (base, other)] if name in CHANGED else None, product_flops_per_second=product_rate('cpu'))
+        rows[name] = dict(machine('cpu'), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first if name in SAME or name in OTHER else None, seconds_per_step=[statistics.median(t) / a.steps for t in times],
+            first_two_steps=start, flops=[s.model.step_cost(4)['flops_per_image'] for s in (base, other)] if name in CHANGED else None, product_flops_per_second=product_rate('cpu'))
         print(f"{name:34} {res['ratio']:.3f} ({res['ratio_range'][0]:.3f} to {res['ratio_range'][1]:.3f})  loss apart {first:.1e}", flush=True)
         write(path, json.dumps(dict(what='images a second with the idea over those without, in turns', ideas=rows), indent=1) + '\n')
 

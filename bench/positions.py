@@ -11,7 +11,7 @@ others, which the encoders have not seen; the test split is never read. Controls
 averaged to 8x8. The interval is over images (bootstrap) for a row, over seeds (range) in the summary. Stopped and started again, it goes on
 where it was.
 """
-import argparse, json, statistics, sys
+import argparse, json, statistics
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def main():
             q, tag = change(r, seed=seed, **{'encoder.positions': kind}), dict(positions=kind, seed=seed)
             for trained, model in ((False, build(q).to(a.device).eval()), (True, fit(q, data=rest, out=f'{a.out}/{kind}-{seed}').model)):
                 if trained or seed == a.seeds[0]: found += rows(model, dict(tag, trained=trained), train, test, sizes, a.device)
-            Path(a.json).write_text(json.dumps(dict(machine(a.device), command=' '.join(['python', *sys.argv]), recipe=r.model_dump(mode='json'), pixels=pixels, summary=summary(found), rows=found), indent=1) + '\n')
+            Path(a.json).write_text(json.dumps(dict(machine(a.device), recipe=r.model_dump(mode='json'), pixels=pixels, summary=summary(found), rows=found), indent=1) + '\n')
 
 def summary(found):
     "Mean and range over seeds, in points."

@@ -65,7 +65,7 @@ def main():
         if arm == 'hjepa': shown = dict(examples(m, asked[:SHOWN], b, a.seed), grids=[list(g) for g in m.grids], maps=[{k: tidy(v[:8], 2) for k, v in ms.items()} for ms in maps], mapped=jpeg(asked[:8]))
     raw = retrieval(model, asked, bank(model, real, pixels=True), a.draws, a.candidates, seed=a.seed, by=ask_pixels)
     for l, o in enumerate(got['hjepa']): o |= dict(untrained=got['untrained'][l]['predictor'], pixels=raw[l]['seen'])
-    facts = dict(machine('cpu'), command=' '.join(['python', *sys.argv]), model=a.note or a.model, data=a.data, bank=len(real), images=len(asked), candidates=a.candidates, seed=a.seed, seconds=round(time.perf_counter() - t0, 1))
+    facts = dict(machine('cpu'), model=a.note or a.model, data=a.data, bank=len(real), images=len(asked), candidates=a.candidates, seed=a.seed, seconds=round(time.perf_counter() - t0, 1))
     out = facts | dict(retrieval=got['hjepa'], untrained=got['untrained'], errors=err, shown=shown)
     Path(a.json).write_text('{' + ',\n '.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in out.items()) + '}\n')
     return 0

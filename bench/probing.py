@@ -19,7 +19,7 @@ def main():
     p.add_argument('--steps', type=int, default=500, help='of training')
     p.add_argument('--state', required=True, metavar='DIR'); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args()
-    facts = dict(machine('cpu'), command=' '.join(['python', *sys.argv]))         # the state of the source before anything is written
+    facts = dict(machine('cpu'))         # the state of the source before anything is written
     run = fit(recipe('cifar10-cpu', steps=a.steps, monitor=0, **{'data.name': 'scenes'}), out=a.state, live=False)
     if not run.finished: return 130
     t = time.perf_counter(); demo = probing(run.model, untrained(run.model.recipe), progress=sys.stderr.isatty()); seconds = time.perf_counter() - t

@@ -45,7 +45,6 @@ def main():
         res[name] = dict(ratio=statistics.median(ratio), lo=boot[50], hi=boot[1949], rounds=a.rounds, steps=n, seconds=[statistics.median(x) for x in zip(*pairs)])
         print(f"{name}: {res[name]['ratio']:.3f} [{res[name]['lo']:.3f}, {res[name]['hi']:.3f}]", flush=True); new.close(); old.close()
     before = subprocess.run(['git', '-C', a.before, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    Path(a.json).write_text(json.dumps(dict(machine('cpu'), what='seconds of the default step, switches there and off, over those of a tree without them', before=before,
-        command='OMP_NUM_THREADS=1 python bench/switches_off.py --before CHECKOUT --json FILE', rows=res), indent=1) + '\n')
+    Path(a.json).write_text(json.dumps(dict(machine('cpu'), what='seconds of the default step, switches there and off, over those of a tree without them', before=before, rows=res), indent=1) + '\n')
 
 if __name__ == '__main__': main()

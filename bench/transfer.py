@@ -21,7 +21,7 @@ def main():
     r = transfer(model, untrained(model.recipe), a.tasks, protocol=a.protocol, seed=a.seed, progress=sys.stderr.isatty())
     for name, o in r['tasks'].items(): print(f'{name:20}', o.get('missing') or {k: round(100*s['acc'], 1) for k, s in o['arms'].items()})
     trained = {k: run[k] for k in ('images_seen', 'train_seconds') if k in run} | dict(recipe=model.recipe.name)
-    Path(a.json).write_text(json.dumps(dict(machine('cpu'), command=' '.join(['python', *sys.argv]), seed=a.seed, trained=trained,
+    Path(a.json).write_text(json.dumps(dict(machine('cpu'), seed=a.seed, trained=trained,
         seconds=r['seconds'], processor_seconds=round(time.process_time() - cpu, 1), transfer=r), indent=1) + '\n')
     return 0
 

@@ -482,9 +482,9 @@ def rate(batches, steps:int, warm:int, r:Recipe, device) -> float: # images a se
     finally: batches.close()
 
 # %% ../nbs/90_bench.ipynb #2c0e2c05
-def data_share(images, r:Recipe, device, workers:int, kind:str, steps:int, rounds:int, precision='fp32') -> dict:
+def data_share(images, r:Recipe, device, workers:int, kind:str, steps:int, rounds:int, precision='fp32', compile=False) -> dict:
     "Training steps on views that lie ready, and on views that the loader brings, in turn."
-    s, rows = Step(r, device, precision), []
+    s, rows = Step(r, device, precision, compile), []
     s()
     for _ in range(rounds):
         alone, batches, wait = timed(s, steps, device), our_views(images, r, device, workers, kind), []
@@ -494,7 +494,7 @@ def data_share(images, r:Recipe, device, workers:int, kind:str, steps:int, round
         rows.append((alone, timed(fed, steps, device), sum(wait)))
         batches.close()
     mid = lambda f: statistics.median(f(*x) for x in rows)
-    return dict(encoder=r.name.removeprefix('bench-'), patch=r.encoder.patch, batch=r.train.batch, workers=workers, back_end=kind, precision=precision, steps=steps,
+    return dict(encoder=r.name.removeprefix('bench-'), patch=r.encoder.patch, batch=r.train.batch, workers=workers, back_end=kind, precision=precision, compile=compile, steps=steps,
         seconds_alone=mid(lambda a, f, w: a / steps), seconds_with_data=mid(lambda a, f, w: f / steps),
         share_waited=mid(lambda a, f, w: w / f), longer=mid(lambda a, f, w: f / a - 1), rounds=rows)
 
@@ -503,7 +503,7 @@ def bench_data(
     name,             # what `load` knows, or 'photos': JPEGs of 500x375 written for this
     encoder='vit_small', image=None, patch=None, batch=None, # of the training step; None: what suits the set
     workers=None,     # numbers of workers to try; None: 0, 1, and as many as there are cores
-    device=None, precision='fp32',
+    device=None, precision='fp32', compile=False, # of the step
     steps:int=20, rounds:int=3, # timed batches of each side in a round
     n=None,           # at most so many images; of photos, how many are written (256)
     out=None,         # file to write the JSON to
@@ -519,7 +519,7 @@ def bench_data(
         sides, best = sides_of(x, r, lazy, workers, device, steps, rounds)
         kind, w = ('workers', max(workers)) if lazy else ('device', 0)
         res = dict(what='from bytes or files to normalised views on the device, beside a DataLoader of torchvision transforms', set=name, images=len(x), image=side_, views=r.views.count,
-            batch=r.train.batch, steps=steps, rounds=rounds, **machine(device), sides=sides, **best, step=data_share(x, r, device, w, kind, max(2, steps // 5), rounds, precision))
+            batch=r.train.batch, steps=steps, rounds=rounds, **machine(device), sides=sides, **best, step=data_share(x, r, device, w, kind, max(2, steps // 5), rounds, precision, compile))
     res['seconds'] = round(time.perf_counter() - start, 1)
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res

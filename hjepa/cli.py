@@ -192,7 +192,7 @@ def time_memory(args):
 
 def time_data(args):
     "Time a set's way from bytes or files to views."
-    keys = 'encoder image patch batch workers device precision steps rounds n'.split()
+    keys = 'encoder image patch batch workers device precision compile steps rounds n'.split()
     out = bench_data(args.name, **{k: getattr(args, k) for k in keys}, change=overrides(args.change))
     print(data_table(out)); say_json(args, out)
 
@@ -317,7 +317,7 @@ def add_bench(add):
     q.add_argument('--encoder', default='vit_small', choices=encoders, help='of the training step'); q.add_argument('--workers', type=int, nargs='+', help='default: 0, 1 and as many as there are cores')
     for k, h in dict(image='pixels', patch='of the encoder', batch='images', n='at most so many images').items(): q.add_argument(f'--{k}', type=int, help=h)
     for k, v in dict(steps=20, rounds=3).items(): q.add_argument(f'--{k}', type=int, default=v)
-    precision(q)
+    precision(q); q.add_argument('--compile', action='store_true', help='the networks of the step')
     q = kind(time_eval, 'eval', 'features beside timm alone, time and memory of k-NN, the linear probe beside scikit-learn', 'hjepa bench eval --threads 2 --json out.json')
     q.add_argument('--encoder', default='vit_tiny', choices=encoders, help='default: vit_tiny')
     for k, (v, h) in dict(image=(224, 'pixels'), batch=(32, 'images at once'), n=(128, 'images a round'), rounds=(5, 'turns'), threads=(None, 'of every side (default: as they are)')).items(): q.add_argument(f'--{k}', type=int, default=v, help=h if v is None else f'{h}, default: {v}')

@@ -7,7 +7,7 @@ __all__ = ['ENCODERS', 'MATCH', 'bench_masks', 'width_depth', 'bench_recipe', 'f
            'standing_bytes', 'peak_bytes', 'best_device', 'said', 'machine', 'product_rate', 'ratios', 'child_env']
 
 # %% ../nbs/87_timing.ipynb #87a00003
-import os, platform, statistics, sys, time
+import os, platform, shlex, statistics, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 import torch
@@ -108,9 +108,11 @@ def best_device() -> str:
     "cuda, mps or cpu, the first there is."
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-def said() -> str|None: # None where it was a script or a notebook
-    "The command that was given, also as `python -c` with our `main`."
-    return ' '.join(['hjepa', *sys.argv[1:]]) if Path(sys.argv[0]).stem in ('hjepa', '-c') else None
+def said() -> str|None: # None where it was a notebook
+    "The command that was given: ours, also as `python -c` with our `main`, or a script of `bench/`."
+    first, *words = sys.argv; path = Path(first); parts = path.parts
+    if path.stem in ('hjepa', '-c'): return shlex.join(['hjepa', *words])
+    return shlex.join(['python', '/'.join(parts[parts.index('bench'):]), *words]) if 'bench' in parts else None
 
 def machine(device) -> dict:
     "Where a number comes from."

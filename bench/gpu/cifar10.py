@@ -79,7 +79,7 @@ def judge(a, r, run, train, test, start):
     "Report card, JSON and, if asked for, the encoder."
     rep = report(run.model, r, train, test, run.path, labelled=a.labelled, seed=r.seed, history=read_rows(run.path / 'history.csv'), run=run.facts, umap=False)
     out = Path(a.json); out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rep | dict(machine(next(run.model.parameters()).device), command=' '.join(['python', *sys.argv]),
+    out.write_text(json.dumps(rep | dict(machine(next(run.model.parameters()).device),
         seconds=round(run.facts['train_seconds'], 1), history=run.history[::max(1, len(run.history) // 200)], monitor=run.monitor), indent=1) + '\n')
     print(rep['verdict'])
     if a.weights:

@@ -45,7 +45,7 @@ def plan(a):
 def main():
     a, start = options(), time.time()
     device = a.device or best_device()
-    res = dict(machine(device), command=' '.join(['python', *sys.argv]), precision=a.precision, seed=0, runs={})
+    res = dict(machine(device), precision=a.precision, seed=0, runs={})
     for name, r, on, choices in plan(a):
         if time.time() - start > a.minutes * 60: res['runs'][name] = dict(skipped='out of time'); continue
         kw = dict(steps=a.steps, warm=a.warm, rounds=a.rounds, precision=a.precision, compile=on)
