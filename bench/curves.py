@@ -4,7 +4,7 @@
 
 Every arm has the recipe's encoder, data and batch, and the steps that fit into --minutes at its own speed, which is measured
 in turn, arm by arm, before anything is trained; a minute on the axis is that measured time, so what else the machine does
-later changes no result. At each look both probes judge the slow copy as it is then, in the middle of its schedule, at the
+later changes no result. --recipe takes a name or a YAML file. At each look both probes judge the slow copy as it is then, in the middle of its schedule, at the
 level that a tenth of the labels chooses: 5,000 labelled training images, and 5,000 others that no arm was trained on. The
 test split is never read. Stopped and started again, it goes on where it was; several seeds may run beside each other in one
 --state, and a last call with all of them writes the file.
@@ -13,7 +13,7 @@ import argparse, json, sys
 from pathlib import Path
 import torch
 from arms import steps_in
-from hjepa.bench import machine, one_level
+from hjepa.bench import best_device, machine, one_level
 from hjepa.config import change, peer, recipe, to_yaml
 from hjepa.data.sets import load
 from hjepa.evaluate.features import features, pixels
@@ -65,7 +65,7 @@ def main():
     train, held = every.subset(keep.nonzero()[:, 0]), every.subset(apart); some = train.subset(stratified_subset(train.labels, 5000, 0))
     rs, state = {k: r for k, r in arms(base).items() if not a.arms or k in a.arms}, Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
     steps = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {}); plan.write_text(json.dumps(steps)); print(steps, flush=True)
-    facts, runs = machine('cpu'), []
+    facts, runs = machine(base.train.device or best_device()), []
     for seed in a.seeds:
         for k, r in rs.items():
             out = state / f"{k.replace(' ', '-')}-{seed}"; rows = curve(change(r, seed=seed, steps=steps[k], monitor=a.looks), train, some, held, out)
