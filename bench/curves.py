@@ -63,6 +63,7 @@ def main():
     a = p.parse_args(); base = recipe(a.recipe); every = load(base.data.name, 'train', image=base.data.image)
     apart = stratified_subset(every.labels, 5000, 1234); keep = torch.ones(len(every), dtype=torch.bool); keep[apart] = False
     train, held = every.subset(keep.nonzero()[:, 0]), every.subset(apart); some = train.subset(stratified_subset(train.labels, 5000, 0))
+    if bad := {*(a.arms or ())} - {*arms(base)}: p.error(f"there is no arm {', '.join(sorted(bad))}: choose from {', '.join(arms(base))}.")
     rs, state = {k: r for k, r in arms(base).items() if not a.arms or k in a.arms}, Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
     steps = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {}); plan.write_text(json.dumps(steps)); print(steps, flush=True)
     facts, runs = machine(base.train.device or best_device()), []

@@ -266,6 +266,7 @@ class Peer:
         if not name: raise HJEPAError(f"The peer has no encoder of width {e.dim}, {e.heads} heads and {e.depth} blocks: choose one of {', '.join(ENCODERS)}.")
         if kind == 'ijepa' and r.grid < 10: raise HJEPAError(f"The peer draws no masks on a {r.grid}x{r.grid} grid of patches: use at least 10x10.")
         if (r.views.count, r.train.accumulate) != (1, 1): raise HJEPAError("The peer's step has one view and no accumulation: set views.count=1, whole.kind=none and train.accumulate=1.")
+        self.commit = subprocess.run(['git', '-C', str(path), 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip() or None
         self.log = tempfile.TemporaryFile('w+')
         self.proc = subprocess.Popen([sys.executable, '-c', 'from hjepa.bench import serve_peer; serve_peer()'], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log, text=True, env=child_env())
@@ -340,7 +341,7 @@ def bench_step(
         res = dict(what='full training step on resident images: masks, target, context, predictor, backward, optimizer, EMA; no augmentation',
             **machine(device), precision=precision, compile=compile, batch=r.train.batch, seed=r.seed, steps=steps, warm=warm,
             recipe=r.model_dump(mode='json'), decoder=decoder if other and named_peer(peer)[0] == 'mae' else None, ours=side(times[0], steps, r) | our_facts(ours))
-        if other: res |= versus(res['ours'], times[1], other.ask(0), steps, r)
+        if other: res |= versus(res['ours'], times[1], other.ask(0) | dict(commit=other.commit, timm=timm.__version__), steps, r)
     finally:
         if other: other.close()
     return finish_json(of_peak(res, max(before, product_rate(device, precision))) | dict(stages=ours.stages(steps)) | dict(seconds=round(time.perf_counter() - start, 1)), out)
@@ -490,6 +491,7 @@ def data_share(images, r:Recipe, device, workers:int, kind:str, steps:int, round
         alone, batches, wait = timed(s, steps, device), our_views(images, r, device, workers, kind), []
         def bring(): s.views = next(batches)
         def fed(): wait.append(timed(bring, 1, device)); s()
+        for _ in range(2 * workers): next(batches)                     # what workers made while nobody asked
         fed(); wait.clear()
         rows.append((alone, timed(fed, steps, device), sum(wait)))
         batches.close()
@@ -519,7 +521,7 @@ def bench_data(
         sides, best = sides_of(x, r, lazy, workers, device, steps, rounds)
         kind, w = ('workers', max(workers)) if lazy else ('device', 0)
         res = dict(what='from bytes or files to normalised views on the device, beside a DataLoader of torchvision transforms', set=name, images=len(x), image=side_, views=r.views.count,
-            batch=r.train.batch, steps=steps, rounds=rounds, **machine(device), sides=sides, **best, step=data_share(x, r, device, w, kind, max(2, steps // 5), rounds, precision, compile))
+            batch=r.train.batch, seed=r.seed, steps=steps, rounds=rounds, **machine(device), recipe=r.model_dump(mode='json'), sides=sides, **best, step=data_share(x, r, device, w, kind, max(2, steps // 5), rounds, precision, compile))
     res['seconds'] = round(time.perf_counter() - start, 1)
     if out: write(out, json.dumps(res, indent=1) + '\n')
     return res
@@ -658,7 +660,7 @@ def bench_eval(encoder='vit_tiny', image:int=224, batch:int=32, n:int=128, knn=(
     s = [f['sides'][q]['ratio_range'][1] for q in ('timm, by levels', 'ours, by levels')]
     aims = {'features not slower than timm, within the range of rounds': min(s) >= 1, 'k-NN under 30 s': k['seconds'] < 30, 'k-NN under 2 GB': k['peak_bytes'] < 2e9,
             'linear probe not slower than scikit-learn': all(r['ratio'] >= 1 for r in l['rows']), 'and within 0.2 points of it': all(abs(r['points']) <= .2 for r in l['rows'])}
-    res = dict(what='features a second beside timm, k-NN time and memory, linear probe beside scikit-learn', **where, timm=timm.__version__, sklearn=sklearn.__version__,
+    res = dict(what='features a second beside timm, k-NN time and memory, linear probe beside scikit-learn', **where, seed=0, timm=timm.__version__, sklearn=sklearn.__version__,
                load_after=machine(device)['load'],
                features=f, knn=k, linear=l, aims=aims, seconds=round(time.perf_counter() - start, 1))
     if out: write(out, json.dumps(res, indent=1) + '\n')

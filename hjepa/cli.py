@@ -110,12 +110,14 @@ def evaluate(args):
     shipped = load_pretrained(name) if kind == 'pretrained' else None
     path = Path(f'runs/pretrained-{name}' if shipped else args.model); folder = path if path.is_dir() or shipped else path.parent
     model = shipped or load(path)
-    if bad := [k for k in change if full_key(k) not in ('data.name', 'data.labelled')]:
-        raise HJEPAError(f"'{bad[0]}' belongs to the training, which is over: evaluate changes data.name and data.labelled only.")
-    r = recipe(model.recipe, **change)
-    if r != model.recipe and not args.out and (folder / 'report.json').exists(): raise HJEPAError("With other data or labels the report of the run would be overwritten: say where this one goes with --out FOLDER.")
+    if bad := [k for k in change if full_key(k) not in ('data.name', 'data.labelled', 'encoder.read')]:
+        raise HJEPAError(f"'{bad[0]}' belongs to the training, which is over: evaluate changes data.name, data.labelled and encoder.read only.")
+    was, r = model.recipe, recipe(model.recipe, **change)
+    model.recipe = recipe(was, **{'encoder.read': r.encoder.read})
+    if r != was and not args.out and (folder / 'report.json').exists(): raise HJEPAError("With other data or labels the report of the run would be overwritten: say where this one goes with --out FOLDER.")
     facts = folder / 'run.json'
     run = shipped.facts if shipped else json.loads(facts.read_text()) if facts.exists() else None
+    if side := r.encoder.read: run = (run or {}) | dict(note=f'Features, the untrained network\'s too, are read through patches of {side} pixels; training saw {r.encoder.patch}.')
     return judge(args, model, untrained(model.recipe), sets_of(r), r.data.labelled, folder, args.out or folder, run)
 
 def evaluate_foreign(args, change:dict):

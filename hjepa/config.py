@@ -97,6 +97,7 @@ class Encoder(Branch):
     windows:int = Field(0, ge=0)      # the first blocks attend only within windows, the cells of the coarsest level below the top
     patches:tuple[int, ...] = ()      # sizes of patches, pixels, one drawn each step (FlexiViT): each a level's cell; () = always `patch`
     large_first:bool = False          # they come in equal shares of the run, the largest first
+    read:int | None = Field(None, gt=0) # side of the patches through which features are read, pixels: their tokens are averaged on those of `patch`; None = `patch`
 
 # %% ../nbs/00_config.ipynb #a0ffa3c9
 class Levels(Branch):
@@ -264,6 +265,9 @@ def encoder_problems(r, e, cells, g):
         elif g % c or (r.views.local and r.views.local_size // e.patch % c): yield f"encoder.windows needs grids that {c}x{c} cells tile, local views included: change data.image, views.local_size, levels.cells, or set windows=0."
         if any(r.masks.hidden[:-1]): yield f"encoder.windows needs windows that are seen whole or not at all, and masks.hidden {r.masks.hidden} hides parts of them: hide coarsest cells only, as in {(0,) * (len(cells) - 1) + (max(1, r.masks.hidden[-1]),)}."
     if e.patches: yield from patch_problems(r, e, cells, g)
+    if e.read and e.patch % e.read: yield f"encoder.read {e.read} does not divide encoder.patch {e.patch}: read through that or a smaller patch, such as {max(1, e.patch // 2)}."
+    for on, what in ((e.windows, 'encoder.windows'), (e.stem == 'conv', 'encoder.stem=conv'), (e.positions == 'learned' and not e.stretch, 'a learned table of positions')):
+        if e.read and on: yield f"encoder.read resizes a linear patch embedding and brings a finer grid, and {what} is made for one size: use one of the two."
 
 def patch_problems(r, e, cells, g):
     "Patch sizes that no level offers, or that leave no question."

@@ -66,7 +66,7 @@ class HJEPA(nn.Module):
         e, p, D, lv = r.encoder, r.prediction, r.encoder.dim, r.levels
         self.recipe, self.pyramid = r, Pyramid((r.grid, r.grid), r.levels.cells, r.levels.top)
         self.grids, self.depths = self.pyramid.grids, r.levels.depths
-        self.encoder = Encoder(r.data.image, **e.model_dump(exclude={'patches', 'large_first'}), window=lv.cells[-1])
+        self.encoder = Encoder(r.data.image, **e.model_dump(exclude={'patches', 'large_first', 'read'}), window=lv.cells[-1])
         self.levels_predicted, self.own = len(r.levels.cells) if p.weight else 0, named(p.targets, 'prediction.targets') if '.' in p.targets else None
         if p.weight:
             self.predictor = Predictor(D, len(r.levels.cells), **r.predictor.model_dump(), theta=e.theta)
@@ -105,8 +105,14 @@ def targets(self:HJEPA, x:Tensor, origins=None, pooled=False, levels=None, unit=
     if train and self.own: return [None if l < unit else t for l, t in enumerate(self.own(x, P, origins or P.origins(), q))][:n]
     want, net = sorted({d for g in groups for d in g}), self.encoder if live else self.target
     with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-        hidden = dict(zip(want, net(x, depths=want, p=q * P.cells[unit])))
+        hidden = dict(zip(want, net(x, depths=want, p=q * P.cells[unit]) if train or unit else self.reading(x, want)))
         return self.cells([[hidden[d] for d in g] for g in groups], P, origins or P.origins(), pooled, unit, train)[:n]
+
+@patch
+def reading(self:HJEPA, x:Tensor, depths) -> list: # (B,C,H,W) normalised, blocks -> per block (B,N_0,D)
+    "What the slow encoder makes of the patches, seen through the finer ones of `encoder.read` if there are any."
+    p = self.recipe.encoder.patch; f = p // (self.recipe.encoder.read or p); fine = Pyramid([s // p * f for s in x.shape[2:]], (1, f), False)
+    return [fine.pool(h, 1) for h in self.target(x, depths=depths, p=p // f)]
 
 @patch
 def cells(self:HJEPA, hidden:list, P:Pyramid, origins:list, pooled=False, unit=0, train=False) -> list: # per level a list of (B,N,D), hidden tokens of its blocks -> per level (B,N_l,D or wider)
@@ -134,7 +140,7 @@ def read(self:HJEPA,
     gs = self.recipe.levels.groups
     of = dict(levels=gs, pooled_l0=gs[:1] * len(self.pyramid), blocks=[(k,) for k in range(1, self.target.depth + 1)])
     order = sorted({k for w in what for g in of[w] for k in g})
-    with torch.no_grad(): hidden = dict(zip(order, self.target(normalise(x.to(dev), d.mean, d.std), depths=order)))
+    with torch.no_grad(): hidden = dict(zip(order, self.reading(normalise(x.to(dev), d.mean, d.std), order)))
     P, of = self.pyramid.over([s // self.recipe.encoder.patch for s in x.shape[2:]]), {w: [[hidden[k] for k in g] for g in of[w]] for w in what}
     return {w: [F.layer_norm(h.float(), h.shape[-1:]) for h, in hs] if w == 'blocks' else self.cells(hs, P, P.origins(), w == 'pooled_l0') for w, hs in of.items()}
 

@@ -135,6 +135,9 @@ def test_evaluate_leaves_the_report_of_a_run_alone(folder, capsys):
     assert main(capsys, 'evaluate', run, 'labelled=30', '--out', folder/'other', '--no-umap')[0] == 0
     rep = json.loads((folder/'other'/'report.json').read_text())
     assert rep['data']['labelled'] == 30 and rep['recipe']['data']['labelled'] == 60 and (folder/'other'/'figures'/'loss.png').exists()
+    refused(capsys, ['evaluate', run, 'read=3', '--out', folder/'finer'], 'does not divide')
+    assert main(capsys, 'evaluate', run, 'read=4', '--out', folder/'finer', '--no-umap')[0] == 0; finer, old = (json.loads((f/'report.json').read_text()) for f in (folder/'finer', run))
+    assert finer['recipe']['encoder']['read'] == 4 and 'patches of 4 pixels' in (folder/'finer'/'report.md').read_text() and finer['scores']['linear']['untrained'] != old['scores']['linear']['untrained']
     facts = json.loads((run/'run.json').read_text())
     (run/'run.json').write_text(json.dumps(facts | dict(commit='of the training')))
     assert main(capsys, 'evaluate', run, '--no-umap')[0] == 0 and json.loads((run/'report.json').read_text())['commit'] == 'of the training'

@@ -3,6 +3,7 @@
 nbdev has its own way (`nbdev_readme`), but it needs Quarto, and two ways would give two READMEs. So there is one, and
 it needs nothing beyond Python and PyYAML:  python tools/readme.py  (part of `make export`; the gate checks the result)."""
 import json, posixpath, re, statistics
+from functools import partial
 from pathlib import Path
 import yaml
 
@@ -63,7 +64,9 @@ def span(r, lo=None, hi=None):
 def latency(row):
     ours, theirs = row['sides'].values(); return f"{ours['ms']:.0f} ms, timm {theirs['ms']:.0f} ms"
 
-def step(d): return f"{span(d)}; batch {d['batch']}"
+def step(d, matched=False): # with the tokens of both sides where they are meant to be alike
+    a, b = (d[k]['tokens'] for k in ('ours', 'peer'))
+    return f"{span(d)}; batch {d['batch']}" + (f", {a['context']:.0f} and {b['context']:.0f} seen, {a['predicted']:.0f} and {b['predicted']:.0f} asked" if matched else '')
 def price(d): r = d['axes']['levels']; return '{:+.0%} ({:+.0%} to {:+.0%})'.format(r['price'], *r['price_range'])
 def attention(d): return ' and '.join(span(r['forward']) for r in (d['rows'][0], d['rows'][-1]))
 def checkpointing(d):
@@ -81,25 +84,26 @@ def overtaking(d):
     return f"linear {share('linear')}, k-NN {share('knn')}; {len({r['seed'] for r in d['runs']})} seeds"
 
 STEP = {'vit_tiny': 'ViT-Ti/16', 'vit_small': 'ViT-S/16', 'vit_base': 'ViT-B/16'}
-PEERS = ("I-JEPA's code", '≥ 3', '', '≥ 4', 'ijepa'), ("I-JEPA's code, as many tokens as it asks", '', '_match', '', 'ijepa'), \
-    ("MAE's code, its decoder as published", '≥ 2', '_mae', '≥ 2', 'mae'), ("MAE's code, its decoder as large as our predictor", '≥ 2', '_mae_decoder', '', 'mae_decoder'), \
-    ("MAE's code, such a decoder, as many tokens as it decodes", '', '_mae_match', '', None)
+I, M, SEEN = "I-JEPA's code", "MAE's code", partial(step, matched=True)
+PEERS = [ # who, aim and file on a CPU, how it is said; aim, file and run on a GPU
+    (I, '≥ 3', '', step, '≥ 4', 'ijepa', ''), (f'{I}, about as many tokens as it asks', '', '_match', SEEN, '', 'ijepa', ' matched'),
+    (f'{M}, its decoder as published', '≥ 2', '_mae', step, '≥ 2', 'mae', ''), (f'{M}, its decoder as large as our predictor', '≥ 2', '_mae_decoder', step, '≥ 2', 'mae_decoder', ''),
+    (f'{M}, such a decoder, as many tokens as it decodes', '', '_mae_match', SEEN, '', 'mae_decoder', ' matched')]
 ON_CPU = [ # what, aim, file, its figures in words
-    *((f'step, {STEP[e]}, 224 px, beside {who}', aim, f'speed_step_cpu_{e}{f}.json', step) for e in ('vit_tiny', 'vit_small') for who, aim, f, *_ in PEERS),
+    *((f'step, {STEP[e]}, 224 px, beside {who}', aim, f'speed_step_cpu_{e}{f}.json', say) for e in ('vit_tiny', 'vit_small') for who, aim, f, say, *_ in PEERS),
     ("time to what ours has after three minutes of CIFAR-10: that of MAE's recipe, in our trainer, over ours", '≥ 2', 'curves_cifar10_cpu.json', overtaking),
     ("one image, all levels, ViT-Ti/16, 224 px, beside timm's plain forward", '< 20 ms', 'speed_latency_cpu.json', lambda d: latency(d['rows']['vit_tiny'])),
     ('a step of three levels beside one of one, ViT-Ti/16: what the hierarchy costs', '≤ +5 % time', 'speed_growth_cpu_levels.json', price),
     ('fused attention, forward, beside the formula, 64 and 4,096 tokens', '', 'speed_attention_cpu.json', attention),
-    ('the default step, every switch there and off, beside the step from before there were switches', '1', 'switches_off_cpu.json', lambda d: '; '.join(f"{span(1/r['ratio'], 1/r['hi'], 1/r['lo'])} {k}" for k, r in d['rows'].items())),
+    ('the default step, every switch there and off, beside the step from before there were switches (95 % intervals)', '1', 'switches_off_cpu.json', lambda d: '; '.join(f"{span(1/r['ratio'], 1/r['hi'], 1/r['lo'])} {k}" for k, r in d['rows'].items())),
     ("two views of CIFAR-10 from memory, beside torchvision's `DataLoader` and transforms", '', 'data_cifar10_cpu.json', span),
     ('two 224 px views of JPEGs of 500×375, beside the same', '', 'data_photos_cpu.json', lambda d: f"{span(d)}; {d['step']['share_waited']:.1%} of a ViT-S/16 step waits for data"),
-    ('views on the device, beside kornia', '', 'views_kornia_cpu.json', lambda d: '{:.1f} to {:.1f}'.format(*(f(r['ratio'] for r in d['rows']) for f in (min, max)))),
+    ('views on the device, beside kornia, least and most of four', '', 'views_kornia_cpu.json', lambda d: '{:.2f} to {:.2f}'.format(*(f(r['ratio'] for r in d['rows']) for f in (min, max)))),
     ("features of ViT-Ti/16 at 224 px, all levels, beside timm's own one vector", '≥ 1', 'eval_cpu.json', lambda d: '{} from timm\'s network, {} from ours'.format(*(span(d['features']['sides'][k]) for k in ('timm, by levels', 'ours, by levels')))),
     ('gradient checkpointing, ViT-Ti/16 at 224 px, beside the same step without', '≥ 0.80; kept ≤ 0.40', 'memory_cpu_vit_tiny.json', checkpointing),
     ('linear probe, strength searched, beside scikit-learn, made-up features 10,000 × 384', '≥ 1', 'eval_cpu.json', lambda d: f"{span(d['linear']['rows'][0])}; accuracy {d['linear']['rows'][0]['points']:+.2f} points")]
 ON_GPU = [ # what, aim, files, run in such a file, its figures in words
-    *((f'step, {STEP[e]}, 224 px, bf16, beside {who}', aim, f'speed_step_[!c]*_{peer}.json', f"{e}{' matched' if 'as many' in who else ''} compiled", step)
-      for e in ('vit_small', 'vit_base') for who, _, _, aim, peer in PEERS if peer),
+    *((f'step, {STEP[e]}, 224 px, bf16, beside {who}', aim, f'speed_step_[!c]*_{peer}.json', f'{e}{run} compiled', say) for e in ('vit_small', 'vit_base') for who, _, _, say, aim, peer, run in PEERS),
     ('share of the rate of plain matrix products, ViT-B/16, bf16', '≥ 40 %', 'speed_step_[!c]*_base.json', 'vit_base compiled', lambda d: f"{d['ours']['share_of_product_rate']:.0%}"),
     ('from JPEGs of 500×375 to two views and through the step, ViT-S/16, images/s', '≥ 2,500', 'data_photos_[!c]*.json', None, lambda d: f"{d['step']['batch'] / d['step']['seconds_with_data']:,.0f}"),
     ('a step of three levels beside one of one, ViT-S/16: what the hierarchy costs', '≤ +5 % time', 'speed_growth_[!c]*.json', None, price),
@@ -119,7 +123,8 @@ def speeds():
     for what, aim, f, say in ON_CPU: rows.append(row(what, aim, res/f, None, say) if (res/f).exists() else f'| {what} | {aim} | waiting | |')
     rows += ['', head.format('on one GPU, ours compiled, theirs as it is: images a second, ours over theirs')]
     for what, aim, f, part, say in ON_GPU:
-        files = [p for p in sorted(res.glob(f)) if not part or part in json.loads(p.read_text(encoding='utf-8')).get('runs', {})]
+        runs = lambda p: json.loads(p.read_text(encoding='utf-8')).get('runs', {})
+        files = [p for p in sorted(res.glob(f)) if not part or not {'skipped', 'failed'} & {*runs(p).get(part, ['skipped'])}]
         rows += [row(what, aim, p, part, say, 'on') for p in files] or [f'| {what} | {aim} | waiting | |']
     return '\n'.join(rows)
 
