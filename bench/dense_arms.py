@@ -6,7 +6,8 @@
 The encoders have seen photographs of 32 pixels, equally long at their own speed, and are frozen; here they look at drawn scenes of 64 pixels.
 Heads see 300 labelled scenes, 200 others judge: mean intersection over union of sky, ground and object by a linear head and by k-NN, on
 the input (a level, or all of them) that does best on a held-out tenth of the 300; and AP of boxes and masks of objects by a Mask R-CNN on
-the native levels, or, where there is one level, on that one pooled. What is done is kept in --runs, so that a stopped command goes on.
+the native levels, or, where there is one level, on that one pooled. The hierarchy's levels also read its first block, which its twin's do not:
+so the encoders of the others are judged once more, read as the hierarchy reads its own. What is done is kept in --runs, so that a stopped command goes on.
 """
 import argparse, json, sys
 from pathlib import Path
@@ -43,6 +44,8 @@ def main():
     for seed in a.seeds:
         for arm in ARMS:
             model = at_size(load(root / f"{arm.replace(' ', '-')}-{seed}").eval(), a.size); judge(arm, seed, model)
+            if arm == ARMS[0]: first = model
+            else: first.target.load_state_dict(model.target.state_dict()); judge(f'{arm}, read as the hierarchy', seed, first)   # its blocks, on those levels
             if arm == ARMS[0]: judge('untrained', seed, at_size(untrained(model.recipe), a.size)); judge('raw pixels', seed, Patches(model, a.size))
     if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')
 
