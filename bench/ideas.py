@@ -133,6 +133,6 @@ def main():
         rows[name] = dict(machine('cpu'), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first if name in SAME or name in OTHER else None, seconds_per_step=[statistics.median(t) / a.steps for t in times],
             first_two_steps=start, flops=[s.model.step_cost(4)['flops_per_image'] for s in (base, other)] if name in CHANGED else None, product_flops_per_second=product_rate('cpu'))
         print(f"{name:34} {res['ratio']:.3f} ({res['ratio_range'][0]:.3f} to {res['ratio_range'][1]:.3f})  loss apart {first:.1e}", flush=True)
-        write(path, json.dumps(dict(what='images a second with the idea over those without, in turns', ideas=rows), indent=1) + '\n')
+        write(path, json.dumps(dict(what='images a second with the idea over those without, in turns', seed=r.seed, ideas=rows), indent=1) + '\n')
 
 if __name__ == '__main__': main()
