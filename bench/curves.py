@@ -59,13 +59,13 @@ def curve(r, train, some, held, out) -> list: # rows of monitor.csv; None when i
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--minutes', type=float, default=3.); p.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2], help='none: only measure the speeds'); p.add_argument('--looks', type=int, default=6)
-    p.add_argument('--arms', nargs='+', help='only these'); p.add_argument('--recipe', default='cifar10-cpu'); p.add_argument('--state', required=True, metavar='DIR'); p.add_argument('--json', metavar='FILE')
+    p.add_argument('--arms', nargs='+', help='only these'); p.add_argument('--like', metavar='FILE', help='the steps of an earlier result: nothing is measured'); p.add_argument('--recipe', default='cifar10-cpu'); p.add_argument('--state', required=True, metavar='DIR'); p.add_argument('--json', metavar='FILE')
     a = p.parse_args(); base = recipe(a.recipe); every = load(base.data.name, 'train', image=base.data.image)
     apart = stratified_subset(every.labels, 5000, 1234); keep = torch.ones(len(every), dtype=torch.bool); keep[apart] = False
     train, held = every.subset(keep.nonzero()[:, 0]), every.subset(apart); some = train.subset(stratified_subset(train.labels, 5000, 0))
     if bad := {*(a.arms or ())} - {*arms(base)}: p.error(f"there is no arm {', '.join(sorted(bad))}: choose from {', '.join(arms(base))}.")
     rs, state = {k: r for k, r in arms(base).items() if not a.arms or k in a.arms}, Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
-    steps = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {}); plan.write_text(json.dumps(steps)); print(steps, flush=True)
+    steps = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {k: n for k, n in json.loads(Path(a.like).read_text())['steps'].items() if k in rs} if a.like else {}); plan.write_text(json.dumps(steps)); print(steps, flush=True)
     facts, runs = machine(base.train.device or best_device()), []
     for seed in a.seeds:
         for k, r in rs.items():
