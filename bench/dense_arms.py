@@ -7,7 +7,7 @@ The encoders have seen photographs of 32 pixels, equally long at their own speed
 Heads see 300 labelled scenes, 200 others judge: mean intersection over union of sky, ground and object by a linear head and by k-NN, on
 the input (a level, or all of them) that does best on a held-out tenth of the 300; and AP of boxes and masks of objects by a Mask R-CNN on
 the native levels, or, where there is one level, on that one pooled. The hierarchy's levels also read its first block, which its twin's do not:
-so the encoders of the others are judged once more, read as the hierarchy reads its own. What is done is kept in --runs, so that a stopped command goes on.
+so the encoders of the others are judged once more, read as the hierarchy reads its own (segmentation only). What is done is kept in --runs, so that a stopped command goes on.
 """
 import argparse, json, sys
 from pathlib import Path
@@ -33,11 +33,11 @@ def main():
     p.add_argument('--json', metavar='FILE')
     a = p.parse_args(); root, facts, rows = Path(a.runs), machine('cpu'), []
     train, test = dense_scenes(a.train, a.size, 0, kinds=False), dense_scenes(a.test, a.size, 1, kinds=False)
-    def judge(arm, seed, model):
+    def judge(arm, seed, model, find=True):
         file = root / f"dense-{arm.replace(' ', '-')}-{seed}.json"
         if not file.exists():
             r = segmented(model, train, test, seed)
-            if a.detector_steps: r |= average_precision(detect(train_detector(model, train, len(model.grids) > 2, a.detector_steps, seed=seed), test), test.objects)  # the last grid is the whole image
+            if a.detector_steps and find: r |= average_precision(detect(train_detector(model, train, len(model.grids) > 2, a.detector_steps, seed=seed), test), test.objects)  # the last grid is the whole image
             write(file, json.dumps(r))
         rows.append(dict(arm=arm, seed=seed, **json.loads(file.read_text()))); r = rows[-1]
         print(arm, seed, f"mIoU {100*r['linear']['miou']:.1f} ({r['linear']['input']}) and {100*r['knn']['miou']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
@@ -45,7 +45,7 @@ def main():
         for arm in ARMS:
             model = at_size(load(root / f"{arm.replace(' ', '-')}-{seed}").eval(), a.size); judge(arm, seed, model)
             if arm == ARMS[0]: first = model
-            else: first.target.load_state_dict(model.target.state_dict()); judge(f'{arm}, read as the hierarchy', seed, first)   # its blocks, on those levels
+            else: first.target.load_state_dict(model.target.state_dict()); judge(f'{arm}, read as the hierarchy', seed, first, False)   # its blocks, on those levels
             if arm == ARMS[0]: judge('untrained', seed, at_size(untrained(model.recipe), a.size)); judge('raw pixels', seed, Patches(model, a.size))
     if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')
 
