@@ -65,7 +65,9 @@ def main():
     train, held = every.subset(keep.nonzero()[:, 0]), every.subset(apart); some = train.subset(stratified_subset(train.labels, 5000, 0))
     if bad := {*(a.arms or ())} - {*arms(base)}: p.error(f"there is no arm {', '.join(sorted(bad))}: choose from {', '.join(arms(base))}.")
     rs, state = {k: r for k, r in arms(base).items() if not a.arms or k in a.arms}, Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
-    steps = steps_in(rs, train.images, a.minutes, json.loads(plan.read_text()) if plan.exists() else {k: n for k, n in json.loads(Path(a.like).read_text())['steps'].items() if k in rs} if a.like else {}); plan.write_text(json.dumps(steps)); print(steps, flush=True)
+    old = json.loads((plan if plan.exists() else Path(a.like)).read_text()) if plan.exists() or a.like else dict(minutes=a.minutes, steps={})
+    if old['minutes'] != a.minutes: p.error(f"{plan if plan.exists() else a.like} is of {old['minutes']:g} minutes, not {a.minutes:g}: give --minutes {old['minutes']:g}, or another --state.")
+    steps = steps_in(rs, train.images, a.minutes, {k: n for k, n in old['steps'].items() if plan.exists() or k in rs}); write(plan, json.dumps(dict(minutes=a.minutes, steps=steps))); print(steps, flush=True)
     facts, runs = machine(base.train.device or best_device()), []
     for seed in a.seeds:
         for k, r in rs.items():

@@ -4,17 +4,19 @@
 
 The same command is given again until it exits with 0. Exit status 3: stopped in time and saved, give it again. 1 or 2: something is wrong.
   --data   folders that together hold train-0.webp, train-1.webp, test.webp, y_train.npy, y_test.npy: lossless sheets of 32x32 tiles
-  --state  where the run lives between two commands (about 250 MB, the decoded images included)
-Try it anywhere, without data, with --tiny.
+  --state  where the run lives between two commands (about 0.5 GB, the decoded images and compiled kernels included)
+A run that decides something is judged on 5,000 training images that it was not trained on; only with --final does it train on all of
+them and read the test split. Try it anywhere, without data, with --tiny.
 """
 import argparse, json, os, shutil, signal, sys, threading, time
 from pathlib import Path
 import torch, yaml
-from safetensors.torch import save_file
 from hjepa.bench import machine, one_level
-from hjepa.config import HJEPAError, recipe, to_yaml
+from hjepa.config import HJEPAError, recipe
 from hjepa.data.sets import load
 from hjepa.evaluate.card import report
+from hjepa.evaluate.probes import stratified_subset
+from hjepa.model import load_pretrained, ship
 from hjepa.train import fit, read_rows
 
 AGAIN = 3
@@ -30,7 +32,8 @@ def options():
     p.add_argument('--flat', action='store_true', help='the flat twin: one level, as many context tokens and questions')
     p.add_argument('--labelled', type=int, help='labelled images (default: all)')
     p.add_argument('--json', required=True, metavar='FILE')
-    p.add_argument('--weights', metavar='FILE', help='also write the slow encoder in bf16, about 11 MB, with its recipe')
+    p.add_argument('--final', action='store_true', help='train on all training images and judge on the test split: once, at the end')
+    p.add_argument('--weights', metavar='FILE', help='also write what `pretrained:` loads, in bf16, about 15 MB')
     p.add_argument('--tiny', action='store_true', help='a toy size on the embedded scenes, to try the script on a CPU')
     return p.parse_args()
 
@@ -46,14 +49,16 @@ def the_recipe(a):
     return one_level(recipe(r, name=r.name + '-flat')) if a.flat else r
 
 def images(a, r):
-    "Training and test images, from the sheets."
+    "Images to train on and images to judge on, from the sheets."
     root = Path(a.state) / 'data'
     here = root / 'cifar10'; here.mkdir(parents=True, exist_ok=True)
     for f in (f for d in a.data for f in Path(d).iterdir() if f.suffix in ('.webp', '.npy')):
         if not (here / f.name).exists(): shutil.copy(f, here / f.name)
     train, test = (load(r.data.name, s, image=r.data.image, root=root) for s in ('train', 'test'))
     if a.tiny: train, test = train.subset(slice(400)), test.subset(slice(100))
-    return train, test
+    if a.final: return train, test
+    apart = stratified_subset(train.labels, 100 if a.tiny else 5000, 1234); keep = torch.ones(len(train), dtype=torch.bool); keep[apart] = False
+    return train.subset(keep.nonzero()[:, 0]), train.subset(apart)
 
 def stop_after(seconds):
     "Ask the training loop to stop, as a scheduler would; it ends between two steps and saves."
@@ -79,13 +84,13 @@ def judge(a, r, run, train, test, start):
     "Report card, JSON and, if asked for, the encoder."
     rep = report(run.model, r, train, test, run.path, labelled=a.labelled, seed=r.seed, history=read_rows(run.path / 'history.csv'), run=run.facts, umap=False)
     out = Path(a.json); out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rep | dict(machine(next(run.model.parameters()).device),
+    out.write_text(json.dumps(rep | dict(machine(next(run.model.parameters()).device), judged_on='the test split' if a.final else 'training images held out',
         seconds=round(run.facts['train_seconds'], 1), history=run.history[::max(1, len(run.history) // 200)], monitor=run.monitor), indent=1) + '\n')
     print(rep['verdict'])
     if a.weights:
-        tensors = {k: v.detach().to('cpu', torch.bfloat16).contiguous() for k, v in run.model.state_dict().items() if k.startswith('target.')}
-        Path(a.weights).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, a.weights, metadata={'format': 'hjepa-encoder', 'recipe': to_yaml(r)})
+        out = Path(a.weights); out.parent.mkdir(parents=True, exist_ok=True)
+        ship(run.model, out, run=json.dumps({k: run.facts.get(k) for k in ('commit', 'dirty', 'train_seconds', 'images_seen', 'images_per_second', 'flops_per_image', 'torch', 'steps')} | dict(seed=r.seed)))
+        load_pretrained(out.stem, out.parent)
 
 if __name__ == '__main__':
     try: sys.exit(main())
