@@ -6,18 +6,30 @@
 The encoders have seen photographs of 32 pixels, equally long at their own speed, and are frozen; here they look at drawn scenes of 64 pixels.
 Heads see 300 labelled scenes, 200 others judge: mean intersection over union of sky, ground and object by a linear head and by k-NN, on
 the input (a level, or all of them) that does best on a held-out tenth of the 300; and AP of boxes and masks of objects by a Mask R-CNN on
-the native levels, or, where there is one level, on that one pooled. The hierarchy's levels also read its first block, which its twin's do not:
-so the encoders of the others are judged once more, read as the hierarchy reads its own (segmentation only). What is done is kept in --runs, so that a stopped command goes on.
+the native levels, or, where there is one level, on that one pooled. The hierarchy's levels also read an early block, which its twin's do not: so every
+trained encoder is read in three ways more, or the hierarchy in two (segmentation only): a block a scale, which is how the hierarchy reads its own;
+all these blocks at one scale; the last block at all scales. With two levels all three are equally wide. What is done is kept in --runs, so that a stopped command goes on.
 """
 import argparse, json, sys
 from pathlib import Path
 from hjepa.bench import machine
-from hjepa.config import HJEPAError
+from hjepa.config import HJEPAError, change
 from hjepa.evaluate.dense import Patches, at_size, average_precision, dense_scenes, detect, miou, segmenters, tallies, train_detector
 from hjepa.files import write
-from hjepa.model import load, untrained
+from hjepa.model import build, load, untrained
 
 ARMS = 'hierarchy', 'one level', 'MAE'
+
+def readings(r): # recipe of the hierarchy -> name -> recipe
+    "Which blocks are read at which scales."
+    *by_scale, top = r.levels.depths; last = [top] * len(by_scale)
+    one = {'levels.cells': r.levels.cells[:1], 'levels.depths': [tuple(sorted({d for g in r.levels.groups for d in g})), top], 'levels.weights': [1.],
+           'masks.hidden': [r.levels.cells[-1]], 'masks.predict': [1]}                      # what is hidden plays no part in reading
+    return {'a block a scale': r, 'all blocks, one scale': change(r, **one), 'last block, all scales': change(r, **{'levels.depths': [*last, top]})}
+
+def read_so(model, r): # of curves.py, recipe -> HJEPA
+    "The same blocks, read as another recipe says."
+    out = build(r).eval(); out.target.load_state_dict(model.target.state_dict()); return out
 
 def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, the input it was read from, and that of every input
     heads = segmenters(model, False, train, seed=seed); n, out = tallies(model, False, heads, test), {}
@@ -43,10 +55,11 @@ def main():
         print(arm, seed, f"mIoU {100*r['linear']['miou']:.1f} ({r['linear']['input']}) and {100*r['knn']['miou']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
     for seed in a.seeds:
         for arm in ARMS:
-            model = at_size(load(root / f"{arm.replace(' ', '-')}-{seed}").eval(), a.size); judge(arm, seed, model)
-            if arm == ARMS[0]: first = model
-            else: first.target.load_state_dict(model.target.state_dict()); judge(f'{arm}, read as the hierarchy', seed, first, False)   # its blocks, on those levels
-            if arm == ARMS[0]: judge('untrained', seed, at_size(untrained(model.recipe), a.size)); judge('raw pixels', seed, Patches(model, a.size))
+            model = load(root / f"{arm.replace(' ', '-')}-{seed}").eval(); judge(arm, seed, at_size(model, a.size))
+            if arm == ARMS[0]:
+                ways = readings(model.recipe); judge('untrained', seed, at_size(untrained(model.recipe), a.size)); judge('raw pixels', seed, Patches(at_size(model, a.size), a.size))
+            for way, r in ways.items():
+                if arm != ARMS[0] or r is not ways['a block a scale']: judge(f'{arm}, {way}', seed, at_size(read_so(model, r), a.size), False)
     if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')
 
 if __name__ == '__main__':
