@@ -2,6 +2,12 @@
 
     OMP_NUM_THREADS=1 python bench/redundancy.py --json results/redundancy_cifar10_cpu.json
 
+The control, a predictor that was never asked for a cell, and two seeds more of one that was:
+
+    hjepa train cifar10-cpu seed=0 minutes=null steps=1818 'levels.weights=[1,0]' monitor=0 --no-report --out runs/never-0     # and seeds 1, 2
+    hjepa train cifar10-cpu seed=1 minutes=null steps=1818 monitor=0 --no-report --out runs/asked-1                            # and seed 2
+    OMP_NUM_THREADS=1 python bench/redundancy.py --models pretrained:cifar10-cpu runs/asked-1 runs/asked-2 runs/never-0 runs/never-1 runs/never-2 --json results/redundancy_never_cifar10_cpu.json
+
 A cell of level 1 is hidden whole. The predictor answers for the cell, and for each of its four patches at level 0. How much of the variance of
 the true cell (what the slow encoder makes of it, around the mean at its place) does a linear map explain that reads the one answer, the four, or
 both? Ridge regression: fitted on half of --images training images, its weight chosen on a tenth of these, judged on the other half; 95 % intervals
