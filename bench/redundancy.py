@@ -1,17 +1,15 @@
 """Does the question about a whole cell ask for anything that the questions about its four patches have not asked for already?
 
+    hjepa train cifar10-cpu minutes=null steps=1818 monitor=0 --no-report seed=1 --out runs/asked-1                              # seeds 1 and 2; 0 is in the package
+    hjepa train cifar10-cpu minutes=null steps=1818 monitor=0 --no-report seed=0 'levels.weights=[1,0]' --out runs/never-0       # never asked for a cell: seeds 0 to 2
+    hjepa train … 'levels.depths=[2,2,2]' --out runs/asked-deep-0; … 'levels.weights=[1,0]' --out runs/never-deep-0              # the same where patches are of the last block, too
     OMP_NUM_THREADS=1 python bench/redundancy.py --json results/redundancy_cifar10_cpu.json
-
-The control, a predictor that was never asked for a cell, and two seeds more of one that was:
-
-    hjepa train cifar10-cpu seed=0 minutes=null steps=1818 'levels.weights=[1,0]' monitor=0 --no-report --out runs/never-0     # and seeds 1, 2
-    hjepa train cifar10-cpu seed=1 minutes=null steps=1818 monitor=0 --no-report --out runs/asked-1                            # and seed 2
-    OMP_NUM_THREADS=1 python bench/redundancy.py --models pretrained:cifar10-cpu runs/asked-1 runs/asked-2 runs/never-0 runs/never-1 runs/never-2 --json results/redundancy_never_cifar10_cpu.json
 
 A cell of level 1 is hidden whole. The predictor answers for the cell, and for each of its four patches at level 0. How much of the variance of
 the true cell (what the slow encoder makes of it, around the mean at its place) does a linear map explain that reads the one answer, the four, or
 both? Ridge regression: fitted on half of --images training images, its weight chosen on a tenth of these, judged on the other half; 95 % intervals
-over the judging images, paired where two are compared. What needs no predictor stands beside it: the mean of what is seen. No label and no test image is read.
+over the judging images, paired where two are compared. What needs no predictor stands beside it: the mean of what is seen, and
+the first model untrained. No label and no test image is read.
 """
 import argparse, json, sys
 from pathlib import Path
@@ -23,6 +21,8 @@ from hjepa.config import HJEPAError, change
 from hjepa.data.sets import load as load_set
 from hjepa.evaluate.probing import side_of
 from hjepa.files import write
+
+MODELS = ['pretrained:cifar10-cpu', 'pretrained:cifar10-cpu-long', *(f'runs/{k}-{s}' for k, seeds in (('asked', (1, 2)), ('never', (0, 1, 2)), ('asked-deep', (0, 1, 2)), ('never-deep', (0, 1, 2))) for s in seeds)]
 
 def asked(model, images, seed): # uint8 (N,3,H,W) -> cell (N,), inputs {name: (N,k)}, true (N,D)
     "One hidden cell of level 1 an image, its patches asked one by one as well."
@@ -51,7 +51,7 @@ def explained(model, images, seed, times=1000): # of asked() -> {name: {mean, lo
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', nargs='+', default=['pretrained:cifar10-cpu', 'pretrained:cifar10-cpu-long'], help='with a predictor of two levels'); p.add_argument('--data', default='cifar10')
+    p.add_argument('--models', nargs='+', default=MODELS, help='with a predictor of two levels'); p.add_argument('--data', default='cifar10')
     p.add_argument('--images', type=int, default=20000); p.add_argument('--seed', type=int, default=0); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args(); facts, rows = machine('cpu'), []
     for name in a.models:
@@ -59,7 +59,7 @@ def main():
         for m in (model, twin): m.recipe = change(m.recipe, read=None)                   # the targets of training
         images = load_set(a.data, 'train', image=side_of(model)).images
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[:a.images]]
-        for who, m in ((name, model), (f'{name}, untrained', twin)):
+        for who, m in ((name, model), *[(f'{name}, untrained', twin)] * (not rows)):
             rows.append(dict(model=who, explained=explained(m, images, a.seed)))
             print(who, *(f"\n  {k}: {100*v['mean']:.1f} [{100*v['lo']:.1f}, {100*v['hi']:.1f}] %" for k, v in rows[-1]['explained'].items()), flush=True)
     write(Path(a.json), json.dumps(dict(facts, seed=a.seed, what='share of the variance of a hidden cell of level 1, around the mean at its place, that a linear map of the answers explains', images=a.images, runs=rows), indent=1) + '\n')
