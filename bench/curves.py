@@ -73,7 +73,8 @@ def main():
         for k, r in rs.items():
             out = state / f"{k.replace(' ', '-')}-{seed}"; rows = curve(change(r, seed=seed, steps=steps[k], monitor=a.looks), train, some, held, out)
             if rows is None: return 130
-            runs.append(dict(arm=k, seed=seed, commit=json.loads((out / 'run.json').read_text())['commit'], rows=[dict(images=w['step'] * r.train.batch, minutes=round(a.minutes * w['step'] / steps[k], 3), **w) for w in rows]))
+            ran = json.loads((out / 'run.json').read_text())
+            runs.append(dict(arm=k, seed=seed, **{f: ran[f] for f in ('commit', 'precision')}, rows=[dict(images=w['step'] * r.train.batch, minutes=round(a.minutes * w['step'] / steps[k], 3), **w) for w in rows]))
             print(k, seed, ' '.join(f"{100 * w['linear']:.1f}/{100 * w['knn']:.1f}" for w in rows), flush=True)
     if a.json: write(Path(a.json), json.dumps(dict(facts, minutes=a.minutes, steps=steps, recipe=base.model_dump(mode='json'),
         pixels=judged([(pixels(some), pixels(held))], some, held), runs=runs), indent=1) + '\n')
