@@ -1,6 +1,6 @@
 """Does the hierarchy pay where it should most, on dense answers? Segmentation and detection by the encoders of curves.py: the hierarchy, its flat twin, MAE, and the same network untrained.
 
-    python bench/curves.py --state runs/curves --arms hierarchy 'one level' MAE --seeds 0 1 2 --like results/curves_cifar10_cpu.json
+    python bench/curves.py --state runs/curves --looks 1 --arms hierarchy 'one level' MAE --seeds 0 1 2 --like results/curves_cifar10_cpu.json     # a fresh --state
     OMP_NUM_THREADS=1 python bench/dense_arms.py --runs runs/curves --json results/dense_arms_scenes.json
 
 The encoders have seen photographs of 32 pixels, equally long at their own speed, and are frozen; here they look at drawn scenes of 64 pixels.

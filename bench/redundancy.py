@@ -1,8 +1,12 @@
 """Does the question about a whole cell ask for anything that the questions about its four patches have not asked for already?
 
-    hjepa train cifar10-cpu minutes=null steps=1818 monitor=0 --no-report seed=1 --out runs/asked-1                              # seeds 1 and 2; 0 is in the package
-    hjepa train cifar10-cpu minutes=null steps=1818 monitor=0 --no-report seed=0 'levels.weights=[1,0]' --out runs/never-0       # never asked for a cell: seeds 0 to 2
-    hjepa train … 'levels.depths=[2,2,2]' --out runs/asked-deep-0; … 'levels.weights=[1,0]' --out runs/never-deep-0              # the same where patches are of the last block, too
+    fixed="minutes=null steps=1818 monitor=0 --no-report"                # asked for cells, or never; the same with the last block as the target of patches
+    for s in 0 1 2; do
+      [ $s = 0 ] || hjepa train cifar10-cpu $fixed seed=$s --out runs/asked-$s                            # seed 0 is in the package
+      hjepa train cifar10-cpu $fixed seed=$s 'levels.weights=[1,0]' --out runs/never-$s
+      hjepa train cifar10-cpu $fixed seed=$s 'levels.depths=[2,2,2]' --out runs/asked-deep-$s
+      hjepa train cifar10-cpu $fixed seed=$s 'levels.depths=[2,2,2]' 'levels.weights=[1,0]' --out runs/never-deep-$s
+    done
     OMP_NUM_THREADS=1 python bench/redundancy.py --json results/redundancy_cifar10_cpu.json
 
 A cell of level 1 is hidden whole. The predictor answers for the cell, and for each of its four patches at level 0. How much of the variance of
