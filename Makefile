@@ -16,7 +16,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 $(STAMP): settings.ini setup.py
-	@test -n '$(PYTHON)' || { echo 'No Python found: install Python 3.11 or later, or say make PYTHON=/path/to/python.'; exit 1; }
+	@test -n '$(PYTHON)' || { echo 'No Python found: install Python 3.11.4 or later, or say make PYTHON=/path/to/python.'; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch $@
