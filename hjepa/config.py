@@ -7,8 +7,8 @@ __all__ = ['Share', 'Beta', 'recipes', 'PEERS', 'HJEPAError', 'nearest', 'named'
            'Masks', 'Predictor', 'Prediction', 'Whole', 'Optim', 'Train', 'Recipe', 'problems', 'encoder_problems',
            'patch_problems', 'level_problems', 'mask_problems', 'view_problems', 'loss_problems', 'weight_problems',
            'length_problems', 'optim_problems', 'idle_problems', 'fields', 'full_key', 'from_dict', 'change', 'to_yaml',
-           'from_yaml', 'cifar10_cpu', 'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe', 'flat', 'ijepa',
-           'bootleg', 'cjepa', 'mae', 'vicreg', 'lejepa', 'dino', 'supervised', 'peer', 'add_peer']
+           'from_yaml', 'cifar10_cpu', 'cifar10_cpu_long', 'cifar10', 'imagenet100', 'imagenet1k_vitb16', 'recipe',
+           'flat', 'ijepa', 'bootleg', 'cjepa', 'mae', 'vicreg', 'lejepa', 'dino', 'supervised', 'peer', 'add_peer']
 
 # %% ../nbs/00_config.ipynb #568441f4
 import difflib, importlib, math
@@ -95,7 +95,7 @@ class Encoder(Branch):
     final_norm:bool = True            # LayerNorm after the last block
     eps:float = Field(1e-6, gt=0)     # of every LayerNorm
     windows:int = Field(0, ge=0)      # the first blocks attend only within windows, the cells of the coarsest level below the top
-    patches:tuple[int, ...] = ()      # sizes of patches, pixels, one drawn each step (FlexiViT): each a level's cell; () = always `patch`
+    patches:tuple[int, ...] = ()      # sizes of patches, pixels, one drawn each step (FlexiViT), a size listed twice twice as often: each a level's cell; () = always `patch`
     large_first:bool = False          # they come in equal shares of the run, the largest first
     read:int | None = Field(None, gt=0) # side of the patches through which features are read, pixels: their tokens are averaged on those of `patch`; None = `patch`
 
@@ -445,6 +445,13 @@ def cifar10_cpu() -> Recipe:
         optim=dict(lr=2e-3, ema=.99, ema_end=.99),
         train=dict(batch=128, epochs=None, minutes=2.25, save=1.)))
 
+# %% ../nbs/00_config.ipynb #06be9e86
+def cifar10_cpu_long() -> Recipe:
+    "An hour on one CPU core: four blocks, patches of 8 pixels for three quarters of the steps and of 4 for the last, so that 64 patches and levels of 4, 8 and 16 pixels and the whole image are read in the end. `pretrained:cifar10-cpu-long` is it."
+    return change(cifar10_cpu(), **{'name': 'cifar10-cpu-long', 'encoder.patch': 4, 'encoder.depth': 4, 'encoder.patches': (4, 8, 8, 8), 'encoder.large_first': True,
+        'levels.cells': (1, 2, 4), 'levels.depths': (2, 3, 4, 4), 'levels.weights': (1., 1., 1.), 'masks.hidden': (8, 2, 1), 'masks.predict': (8, 4, 1),
+        'train.minutes': None, 'train.steps': 5000})
+
 # %% ../nbs/00_config.ipynb #6a3126e9
 def cifar10() -> Recipe:
     "CIFAR-10 for one GPU: ViT-Ti/4, 300 epochs. Waits for a GPU: only two steps at batch 32 on random images were run, on a CPU."
@@ -474,7 +481,7 @@ def imagenet1k_vitb16() -> Recipe:
         whole=dict(args=dict(lam=.05), hidden=2048, dim=256),
         optim=dict(lr=5e-4, warmup=40/300), train=dict(batch=1024, accumulate=8, epochs=300)))
 
-recipes = {'cifar10-cpu': cifar10_cpu, 'cifar10': cifar10, 'imagenet100': imagenet100, 'imagenet1k-vitb16': imagenet1k_vitb16}
+recipes = {'cifar10-cpu': cifar10_cpu, 'cifar10-cpu-long': cifar10_cpu_long, 'cifar10': cifar10, 'imagenet100': imagenet100, 'imagenet1k-vitb16': imagenet1k_vitb16}
 
 # %% ../nbs/00_config.ipynb #4191ae8c
 def recipe(r, # a name, the path of a YAML file, a Recipe, or nested dicts
