@@ -217,10 +217,10 @@ def update(self:Trainer, images, step:int) -> dict: # losses, as tensors on the 
 def rehearse(self:Trainer, warm=5, timed=20) -> float: # seconds a step
     "Time some steps and put everything back."
     before, self.steps = {k: v.clone() for k, v in self.model.state_dict().items()}, 1000
-    ends = []
-    for s, x in enumerate(self.loader.run(0, warm + timed)): self.update(x, s); self.sync(); ends.append(time.perf_counter())
+    ends, e = [], self.r.encoder
+    for s, x in enumerate(self.loader.run(0, warm + timed)): self.update(x, max(s, (s - warm) * self.steps // timed) if e.large_first else s); self.sync(); ends.append(time.perf_counter())
     self.model.load_state_dict(before); self.opt = optimizer(self.model, self.r.optim)
-    return statistics.median(b - a for a, b in zip(ends[warm-1:], ends[warm:]))
+    return (statistics.mean if e.patches else statistics.median)(b - a for a, b in zip(ends[warm-1:], ends[warm:]))      # patches of several sizes: steps of several lengths
 
 @patch
 def sync(self:Trainer):

@@ -9,7 +9,7 @@ from hjepa.parts.masking import sample_masks
 from hjepa.parts.patch import gather, patchify, resize_matrix
 from hjepa.parts.pyramid import Pyramid
 from hjepa.parts.rope import centres, rotate, rotations
-from hjepa.train import fit
+from hjepa.train import Trainer, fit
 from tiny import Count, images, tiny
 
 SWITCHES = {'mixed': dict(positions='mixed'), 'sincos': dict(positions='sincos'), 'learned': dict(positions='learned', stretch=True), 'none': dict(positions='none'), 'swiglu': dict(act='swiglu', registers=1),
@@ -135,6 +135,11 @@ def test_large_patches_first(tmp_path):
     m = run.model
     for unit, n in ((0, [64, 16, 1]), (1, [16, 1])): assert [t.shape[1] for t in m.levels(images(2), unit=unit)] == n
     assert m.chance[0].ready and torch.isfinite(m.chance[0].level)
+
+def test_a_rehearsal_is_of_all_sizes():
+    seen, r = [], tiny(patches=(4, 8, 8, 8), large_first=True); tr = Trainer(r, build(r), images(), None, None); real = tr.model.draw_masks
+    tr.model.draw_masks = lambda *a, **k: (lambda m: (seen.append(m.unit), m)[1])(real(*a, **k)); tr.rehearse()
+    assert seen[-25:] == [1]*20 + [0]*5                                             # five to warm up, then three quarters and one
 
 def test_targets_of_large_patches_are_levels_of_the_same_image():
     m = build(tiny(patches=(4, 8))).eval(); x = torch.randn(2, 3, 32, 32); t = m.targets(x, unit=1)
