@@ -44,7 +44,7 @@ def deleted(model, twin, data, n, labelled, seed):
     grid, g = patch_grid(model), torch.Generator().manual_seed(seed)
     score = lambda m: area(deletion(judge, x, m, fill, seed))
     rand = torch.stack([score(torch.rand(len(x), *grid, generator=g)) for _ in range(5)]).mean(0)
-    maps = {a: network_maps(m, x, heads[a]) for a, m in (('hjepa', model), ('untrained', twin))} | dict(control=controls(x, grid) | dict(occlusion=occlusion(judge, x, grid, fill)))
+    maps = {a: {k: v for k, v in network_maps(m, x, heads[a]).items() if 'head' not in k} for a, m in (('hjepa', model), ('untrained', twin))} | dict(control=controls(x, grid) | dict(occlusion=occlusion(judge, x, grid, fill)))
     areas = {a: {k: score(m) for k, m in ms.items()} for a, ms in maps.items()}
     out = {a: {k: dict(area=interval(v), gain=interval(rand - v)) for k, v in d.items()} for a, d in areas.items()}
     for k, v in areas['hjepa'].items(): out['hjepa'][k]['minus_untrained'] = interval(areas['untrained'][k] - v)
@@ -75,7 +75,7 @@ def pointed(model, twin, n, labelled, seed):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='pretrained:cifar10-cpu'); p.add_argument('--data', default='cifar10')
+    p.add_argument('--model', default='pretrained:cifar10-cpu-long'); p.add_argument('--data', default='cifar10')
     p.add_argument('--images', type=int, default=500); p.add_argument('--labelled', type=int, default=5000); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--note', help='where the weights come from, if the name does not say'); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args()

@@ -21,12 +21,12 @@ import numpy as np, torch
 from attention import model_and_twin                             # of this folder
 from hjepa.analyze.predictions import ask
 from hjepa.bench import machine
-from hjepa.config import HJEPAError, change
+from hjepa.config import HJEPAError
 from hjepa.data.sets import load as load_set
 from hjepa.evaluate.probing import side_of
 from hjepa.files import write
 
-MODELS = ['pretrained:cifar10-cpu', 'pretrained:cifar10-cpu-long', *(f'runs/{k}-{s}' for k, seeds in (('asked', (1, 2)), ('never', (0, 1, 2)), ('asked-deep', (0, 1, 2)), ('never-deep', (0, 1, 2))) for s in seeds)]
+MODELS = ['pretrained:cifar10-cpu', *(f'runs/{k}-{s}' for k, seeds in (('asked', (1, 2)), ('never', (0, 1, 2)), ('asked-deep', (0, 1, 2)), ('never-deep', (0, 1, 2))) for s in seeds)]
 
 def asked(model, images, seed): # uint8 (N,3,H,W) -> cell (N,), inputs {name: (N,k)}, true (N,D)
     "One hidden cell of level 1 an image, its patches asked one by one as well."
@@ -60,7 +60,6 @@ def main():
     a = p.parse_args(); facts, rows = machine('cpu'), []
     for name in a.models:
         model, twin = model_and_twin(name)
-        for m in (model, twin): m.recipe = change(m.recipe, read=None)                   # the targets of training
         images = load_set(a.data, 'train', image=side_of(model)).images
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(a.seed))[:a.images]]
         for who, m in ((name, model), *[(f'{name}, untrained', twin)] * (not rows)):
