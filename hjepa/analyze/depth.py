@@ -314,7 +314,7 @@ def figure(self:ExitExplorer) -> Figure:
         ax.plot([100*v['flops']/self.full for v in self.sweep], [100*v['acc'] for v in self.sweep], color=arm_colors['hjepa']); ax.plot(100*s['flops']/self.full, 100*s['acc'], 'ko')
         ax.set(xlabel='FLOPs, % of the full pass', ylabel='accuracy, %'); ax.set_title(f"sure from {s['tau']:.2f}: {100*s['acc']:.1f} % right", fontsize=9)
         for k, ax in enumerate(right.subplots(1, K)):
-            hide_axes(ax); ax.set_title(f"{f'block {k}' if k else 'pixels'}, {100*s['share'][k]:.0f} %", fontsize=9)
+            hide_axes(ax); ax.set_title(f"{f'block {k}' if k else 'pixels'}\n{100*s['share'][k]:.0f} %", fontsize=9)
             for n, i in enumerate(np.flatnonzero(who == k)):
                 (r, c), ok = divmod(n, 4), self.truth[i] == self.answer[i, k]; ax.imshow(self.images[i], extent=(c + .08, c + .92, r + .92, r + .08))
                 ax.add_patch(Rectangle((c + .06, r + .06), .88, .88, fill=False, lw=1.6, ec='#1d4ed8' if ok else '#c2410c', ls='-' if ok else ':'))
