@@ -1,6 +1,6 @@
 """What does an encoder look at, and is the map right? Deletion on photographs, pointing on procedural scenes, beside the untrained twin.
 
-    python bench/attention.py --json results/attention_cifar10_cpu.json
+    python bench/attention.py --images 300 --json results/attention_cifar10_cpu.json
     python bench/attention.py --model runs/demo --json FILE
 
 --model is a run directory, a model.safetensors, pretrained:NAME or timm:NAME. Attentive probes are fitted on --labelled training images

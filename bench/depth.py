@@ -1,7 +1,6 @@
 """Do all images need all blocks? Early exit by calibrated confidence, fixed exits, random ones and the oracle; FLOPs counted, seconds measured in turns.
 
-    python bench/depth.py --json results/depth_cifar10_cpu.json
-    python bench/depth.py --model pretrained:cifar10-cpu-long --model runs/six --json FILE
+    python bench/depth.py --model pretrained:cifar10-cpu-long --model pretrained:cifar10-cpu --json results/depth_cifar10_cpu.json
 
 --model, as often as wanted, is a run directory, a model.safetensors, pretrained:NAME or timm:NAME of a plain ViT. Probes are fitted on four
 fifths of --labelled training images, temperatures and thresholds on the last fifth; the numbers are of all test images, or of --images.
