@@ -48,6 +48,7 @@ class PatchStem(nn.Module):
 # %% ../../nbs/parts/20_patch.ipynb #bc079eeb
 @lru_cache(64)
 @torch.compiler.assume_constant_result # torch.compile passes a cache by
+@torch.autocast('cpu', enabled=False) # in full precision, whoever asks first
 def resize_matrix(p:int, q:int) -> Tensor: # sides of a patch, pixels -> (q*q,p*p), on the CPU
     "What turns the weights of patches of `p` pixels into those for `q`: the pseudo-inverse of resizing."
     B = F.interpolate(torch.eye(p*p).view(p*p, 1, p, p), (q, q), mode='bilinear', antialias=q < p).flatten(1)
