@@ -28,12 +28,12 @@ def arms(r):
             'one level, same masks': change(r, **last, **{'levels.weights': [1.] + [0.] * (len(r.levels.cells) - 1)}),
             'hierarchy, finer masks': fine, 'views only, finer masks': change(fine, **{'prediction.weight': 0})}
 
-def steps_in(rs:dict, images, minutes:float, known:dict, rounds=3) -> dict:
+def steps_in(rs:dict, images, minutes:float, known:dict, rounds=3, make=lambda k, r: build(r)) -> dict:
     "Steps of each arm in so many minutes. An arm added after others have been trained is timed beside the first of them, and gets steps in proportion to that one's."
     first = next((k for k in rs if k in known), None); new = [k for k in rs if k not in known]
     seconds = {k: [] for k in ([first] if first and new else []) + new}
     for _ in range(rounds):
-        for k in seconds: seconds[k].append(Trainer(change(rs[k], monitor=0), build(rs[k]), images, None, None).rehearse())
+        for k in seconds: seconds[k].append(Trainer(change(rs[k], monitor=0), make(k, rs[k]), images, None, None).rehearse())
     seconds = {k: statistics.median(s) for k, s in seconds.items()}
     return known | {k: int((known[first] * seconds[first] if first else minutes * 60) / seconds[k]) for k in new}
 

@@ -19,14 +19,31 @@ from hjepa.data.sets import load
 from hjepa.evaluate.features import features, pixels
 from hjepa.evaluate.probes import choose_level, knn_probe, linear_probe, stratified_subset
 from hjepa.files import write
-from hjepa.model import build
+from hjepa.model import HJEPA, build
 from hjepa.monitor import Monitor
+from hjepa.parts.masking import sample_masks
 from hjepa.train import Trainer, finish, read_rows
 
 PROBES = dict(linear=linear_probe, knn=knn_probe)
 
+class Flat(HJEPA):
+    "The flat twin where a run has several sizes of patches: in every step its patches, and nothing larger, are hidden and asked, as many of them as the hierarchy hides, and asks in all."
+    def __init__(self, r): super().__init__(r); self.weighting.forward = lambda losses, shared=None, first=0: losses[first]
+    def draw_masks(self, B, generator=None, device=None, progress=None):
+        like, P = super().draw_masks(1, torch.Generator(), None, progress), self.pyramid; u = like.unit
+        hidden, asked = P.sizes[u] - like.context.shape[1], sum(t.shape[1] for t in like.targets)
+        return sample_masks(P, B, *([n if l == u else 0 for l in range(len(P.cells))] for n in (hidden, asked)), generator=generator, device=device, unit=u)
+
+def flat(r): return change(r, **{'levels.depths': (r.encoder.depth,) * len(r.levels.depths)}) if r.encoder.patches else one_level(r)
+
+def large(r): # patches of the larger size from first to last, read through the small ones
+    q = max(r.encoder.patches); k = r.levels.cells.index(q // r.encoder.patch)
+    return change(r, **{'encoder.patch': q, 'encoder.patches': (), 'encoder.large_first': False, 'encoder.read': r.encoder.patch, 'levels.cells': [c // r.levels.cells[k] for c in r.levels.cells[k:]],
+        **{f: getattr(getattr(r, f.split('.')[0]), f.split('.')[1])[k:] for f in ('levels.depths', 'levels.weights', 'masks.hidden', 'masks.predict')}})
+
 def arms(r): # name -> recipe
-    return {'hierarchy': r, 'one level': one_level(r), 'hierarchy, VICReg': change(r, **{'whole.kind': 'vicreg', 'whole.args': {}}),
+    return {'hierarchy': r, 'one level': flat(r), 'views alone': change(r, **{'prediction.weight': 0.}), **({'large patches alone': large(r)} if r.encoder.patches else {}),
+            'hierarchy, VICReg': change(r, **{'whole.kind': 'vicreg', 'whole.args': {}}),
             **{name: peer(key, r) for name, key in {'I-JEPA': 'ijepa', 'MAE': 'mae', 'LeJEPA': 'lejepa', 'VICReg alone': 'vicreg'}.items()}}
 
 def judged(feats, some, held) -> dict: # feats: level -> (labelled, held out)
@@ -46,11 +63,15 @@ class Looks(Monitor):
         self.rows.append(dict(step=step, **judged(list(zip(*pair)), self.some, self.held))); self.start = {}
         model.train(training); return []
 
-def curve(r, train, some, held, out) -> list: # rows of monitor.csv; None when it was stopped
+def make(k, r): # as hjepa.model.build
+    if k != 'one level' or not r.encoder.patches: return build(r)
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(r.seed); return Flat(r)
+
+def curve(k, r, train, some, held, out) -> list: # rows of monitor.csv; None when it was stopped
     "Train, looking now and then; or go on; or only read."
     if (out / 'run.json').exists(): return read_rows(out / 'monitor.csv')
     out.mkdir(parents=True, exist_ok=True)
-    tr = Trainer(r, build(r), train.images, train.labels, out, False); tr.monitor = Looks(some, held)
+    tr = Trainer(r, make(k, r), train.images, train.labels, out, False); tr.monitor = Looks(some, held)
     if not tr.restore(): tr.plan(); write(out / 'config.yaml', to_yaml(r)); tr.save()
     done = tr.run()
     if done: finish(tr, done)
@@ -67,11 +88,11 @@ def main():
     rs, state = {k: r for k, r in arms(base).items() if not a.arms or k in a.arms}, Path(a.state); state.mkdir(parents=True, exist_ok=True); plan = state / 'steps.json'
     old = json.loads((plan if plan.exists() else Path(a.like)).read_text()) if plan.exists() or a.like else dict(minutes=a.minutes, steps={})
     if old['minutes'] != a.minutes: p.error(f"{plan if plan.exists() else a.like} is of {old['minutes']:g} minutes, not {a.minutes:g}: give --minutes {old['minutes']:g}, or another --state.")
-    steps = steps_in(rs, train.images, a.minutes, {k: n for k, n in old['steps'].items() if plan.exists() or k in rs}); write(plan, json.dumps(dict(minutes=a.minutes, steps=steps))); print(steps, flush=True)
+    steps = steps_in(rs, train.images, a.minutes, {k: n for k, n in old['steps'].items() if plan.exists() or k in rs}, make=make); write(plan, json.dumps(dict(minutes=a.minutes, steps=steps))); print(steps, flush=True)
     facts, runs = machine(base.train.device or best_device()), []
     for seed in a.seeds:
         for k, r in rs.items():
-            out = state / f"{k.replace(' ', '-')}-{seed}"; rows = curve(change(r, seed=seed, steps=steps[k], monitor=a.looks), train, some, held, out)
+            out = state / f"{k.replace(' ', '-')}-{seed}"; rows = curve(k, change(r, seed=seed, steps=steps[k], monitor=a.looks), train, some, held, out)
             if rows is None: return 130
             ran = json.loads((out / 'run.json').read_text())
             runs.append(dict(arm=k, seed=seed, **{f: ran[f] for f in ('commit', 'precision')}, rows=[dict(images=w['step'] * r.train.batch, minutes=round(a.minutes * w['step'] / steps[k], 3), **w) for w in rows]))

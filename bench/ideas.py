@@ -84,6 +84,16 @@ def naive(s):
         with sdpa_kernel(SDPBackend.MATH): return loss(*a)
     s.loss = run
 
+def half_kernel(s):
+    "The fused kernel in half precision forward and back, as autocast would have it."
+    loss, kernel = s.loss, torch.nn.functional.scaled_dot_product_attention
+    def half(q, k, v, **kw): return kernel(q.bfloat16(), k.bfloat16(), v.bfloat16(), **kw)
+    def run(*a):
+        torch.nn.functional.scaled_dot_product_attention = half
+        try: return loss(*a)
+        finally: torch.nn.functional.scaled_dot_product_attention = kernel
+    s.loss = run
+
 def real_rope(s):
     "Rotary positions by real products, as torch.compile gets them."
     import hjepa.parts.attention as at
@@ -111,26 +121,27 @@ SAME = {'target in pieces of 4': chunked(4), 'target in pieces of 2': chunked(2)
 CHANGED = {'4 pieces of a batch': {'train.accumulate': 4}, 'targets from 8 blocks': {'levels.depths': (3, 6, 8)}, 'targets from 6 blocks': {'levels.depths': (2, 4, 6)}, 'targets from 4 blocks': {'levels.depths': (2, 3, 4)},
            'half of the images predicted': {'prediction.share': .5}, 'a quarter of the images predicted': {'prediction.share': .25}, '25 patches visible': {'masks.hidden': (11, 8, 8)}, 'predictor 96x6': {'predictor.dim': 96},
            'predictor 192x3': {'predictor.depth': 3}, 'patches of 16 and 32': {'encoder.patches': (16, 32)}, 'tanh GELU': {'encoder.act': 'gelu_tanh'}}
-OTHER = ('compiled', 'one thread')
+HALF = {'half-precision kernel': half_kernel} # beside a step in bf16
+OTHER = ('compiled', 'one thread', 'bf16')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--only', nargs='+', choices=[*SAME, *CHANGED, *OTHER]); p.add_argument('--encoder', default='vit_tiny'); p.add_argument('--batch', type=int, default=16)
+    p.add_argument('--only', nargs='+', choices=[*SAME, *HALF, *CHANGED, *OTHER]); p.add_argument('--encoder', default='vit_tiny'); p.add_argument('--batch', type=int, default=16)
     p.add_argument('--steps', type=int, default=3); p.add_argument('--rounds', type=int, default=4); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args(); r, path = bench_recipe(a.encoder, 224, 16, a.batch, '384x6' if a.encoder == 'vit_small' else '192x6'), Path(a.json)
     rows, threads = json.loads(path.read_text())['ideas'] if path.exists() else {}, torch.get_num_threads()
-    for name in a.only or [*SAME, *CHANGED, *OTHER]:
-        base, other, first = Step(r), Step(change(r, **CHANGED.get(name, {})), compile=name == 'compiled'), 0.
-        if name in SAME: SAME[name](other)
+    for name in a.only or [*SAME, *HALF, *CHANGED, *OTHER]:
+        base, other, first = Step(r, precision='bf16' if name in HALF else 'fp32'), Step(change(r, **CHANGED.get(name, {})), precision='bf16' if name in HALF or name == 'bf16' else 'fp32', compile=name == 'compiled'), 0.
+        if do := (SAME | HALF).get(name): do(other)
         piece = next(base.pieces()); base.model.calibrate([piece]); other.model.calibrate([piece])
-        if name in SAME or name in OTHER: first = abs(float(base.loss(*piece).detach() - other.loss(*piece).detach())); [c.clear() for s in (base, other) for c in s.model.chance]
+        if name not in CHANGED: first = abs(float(base.loss(*piece).detach() - other.loss(*piece).detach())); [c.clear() for s in (base, other) for c in s.model.chance]
         start = timed(other, 2, 'cpu'); timed(base, 2, 'cpu'); times = ([], [])
         for _ in range(a.rounds):
             times[0].append(timed(base, a.steps, 'cpu'))
             if name == 'one thread': torch.set_num_threads(1)
             times[1].append(timed(other, a.steps, 'cpu')); torch.set_num_threads(threads)
         res = ratios([1 / t for t in times[1]], [1 / t for t in times[0]])
-        rows[name] = dict(machine('cpu'), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first if name in SAME or name in OTHER else None, seconds_per_step=[statistics.median(t) / a.steps for t in times],
+        rows[name] = dict(machine('cpu'), recipe=r.name, batch=a.batch, steps=a.steps, **res, loss_apart=first if name not in CHANGED else None, seconds_per_step=[statistics.median(t) / a.steps for t in times],
             first_two_steps=start, flops=[s.model.step_cost(4)['flops_per_image'] for s in (base, other)] if name in CHANGED else None, product_flops_per_second=product_rate('cpu'))
         print(f"{name:34} {res['ratio']:.3f} ({res['ratio_range'][0]:.3f} to {res['ratio_range'][1]:.3f})  loss apart {first:.1e}", flush=True)
         write(path, json.dumps(dict(what='images a second with the idea over those without, in turns', seed=r.seed, ideas=rows), indent=1) + '\n')
