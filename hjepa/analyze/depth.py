@@ -262,7 +262,7 @@ def plot_clock(models:dict): # 'models' of bench/depth.py -> a figure
             for i, k in enumerate(n := [k for k in ('early', 'one block less', 'pixels') if k in t]):
                 y = i + (.2, .4)[b]; c = level_colors(3)[b]
                 ax.plot([100*t[k]['lo'], 100*t[k]['hi']], [y - .3, y - .3], color=c, lw=2); ax.plot(100*t[k]['ratio'], y - .3, 'os'[b], color=c, ms=5, label=f'seconds, batch of {batch}' if i == 0 else None)
-                if b == 0: ax.plot(100*flop[k], i - .3, 'D', color='k', ms=5, label='FLOPs' if i == 0 else None)
+                ax.plot(100*flop[k], y - .3, 'D', mec='k', mfc='none', ms=7, label='FLOPs of the same images' if i == b == 0 else None)
         ax.set_yticks(range(len(n)), [k.replace('early', 'early exit') for k in n]); ax.set_ylim(len(n) - .5, -.6); ax.set_xlim(0, 105); ax.set_xlabel('% of a full pass'); ax.set_title(f"{m['blocks']} blocks")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
