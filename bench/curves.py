@@ -28,7 +28,6 @@ PROBES = dict(linear=linear_probe, knn=knn_probe)
 
 class Flat(HJEPA):
     "The flat twin where a run has several sizes of patches: in every step its patches, and nothing larger, are hidden and asked, as many of them as the hierarchy hides, and asks in all."
-    def __init__(self, r): super().__init__(r); self.weighting.forward = lambda losses, shared=None, first=0: losses[first]
     def draw_masks(self, B, generator=None, device=None, progress=None):
         like, P = super().draw_masks(1, torch.Generator(), None, progress), self.pyramid; u = like.unit
         hidden, asked = P.sizes[u] - like.context.shape[1], sum(t.shape[1] for t in like.targets)

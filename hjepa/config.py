@@ -342,10 +342,11 @@ def loss_problems(r, p, lv, w):
 def weight_problems(r, lv):
     "Adaptive weights that have nothing to weigh."
     if lv.temperature != 1 and lv.weighting != 'uw-so': yield f"levels.temperature {lv.temperature:g} is read only by levels.weighting uw-so, and it is {lv.weighting}: choose that, or leave the temperature out."
-    if lv.weighting == 'fixed': return
-    if not r.prediction.weight or sum(w > 0 for w in lv.weights) < 2: yield f"levels.weighting {lv.weighting} balances levels and needs two whose levels.weights are above 0, and prediction.weight above 0: use fixed."
     m, cells = r.masks, lv.cells
     asked = m.predict or [sum(k * (b // c)**2 for k, b in zip(m.hidden[l:], cells[l:])) for l, c in enumerate(cells)]
+    if r.prediction.weight and any(asked) and not any(w and n for w, n in zip(lv.weights, asked)): yield f"levels.weights {lv.weights} give no share to any level that is asked, {tuple(asked)} cells: give it one, or set prediction.weight=0."
+    if lv.weighting == 'fixed': return
+    if not r.prediction.weight or sum(w > 0 for w in lv.weights) < 2: yield f"levels.weighting {lv.weighting} balances levels and needs two whose levels.weights are above 0, and prediction.weight above 0: use fixed."
     if r.encoder.patches: yield f"levels.weighting {lv.weighting} needs a question at every level in every step, and encoder.patches leaves the levels below a large patch without: use fixed."
     if any(w and not n for w, n in zip(lv.weights, asked)): yield f"levels.weighting {lv.weighting} needs a question at every level that counts: hide cells there, or set its levels.weights to 0."
 

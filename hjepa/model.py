@@ -180,7 +180,7 @@ def forward(self:HJEPA,
     if self.levels_predicted:
         rows = self.predicted_rows(V, B)
         parts, extra = self.predict(x[rows], ctx[rows], masks[rows], None if frames is None else frames.flatten(0, 1)[rows])
-        pred = self.weighting(parts, self.predictor.blocks[-1], masks.unit)
+        pred = self.weighting(parts, self.predictor.blocks[-1], [t.shape[1] for t in masks.targets])
         if self.weighting.kind != 'fixed': out |= {f'weight_{l}': a.detach() for l, a in enumerate(self.weighting.factors())}
         out |= {f'level_{l}': p.detach() for l, p in enumerate(parts)} | {k: v.detach() for k, v in extra.items()}
         p = self.recipe.prediction; ramp = min(1., (step + 1) / max(p.visible_warmup, 1))
@@ -205,7 +205,7 @@ def build_losses(self:HJEPA):
     lv, p, D = self.recipe.levels, self.recipe.prediction, self.recipe.encoder.dim
     widths = [D * len(g) if lv.join == 'concat' else D for g in lv.groups[:self.levels_predicted]]
     if self.own: widths = [t.shape[-1] for t in self.own(torch.zeros(1, 3, *[self.recipe.data.image]*2), self.pyramid, self.pyramid.origins(), self.recipe.encoder.patch)]
-    self.chance = nn.ModuleList(Chance(n, w, p.kind, p.momentum, p.floor) for n, w in zip(self.pyramid.sizes, widths))
+    self.chance = nn.ModuleList(Chance(n, w, p.kind, p.momentum, p.floor, self.recipe.encoder.large_first) for n, w in zip(self.pyramid.sizes, widths))
     self.weighting, heads = Weighting(lv.weights, lv.weighting, lv.temperature), self.predictor.heads_out
     for l, w in enumerate(widths): heads[l] = heads[l] if w == D else nn.Linear(heads[l].in_features, w)
 
@@ -290,16 +290,16 @@ def step_cost(self:HJEPA, batch:int=4) -> dict: # flops_per_image, tokens per im
     from torch.nn.attention import sdpa_kernel, SDPBackend
     r, m = self.recipe, copy.deepcopy(self).train()
     dev, V = m.encoder.blocks[0].norm1.weight.device, r.views.count
-    masks = m.draw_masks(V*batch, device=dev)
-    views = torch.zeros(V, batch, 3, r.data.image, r.data.image, device=dev)
+    batch = next((b for b in range(batch, 40) if b * r.prediction.share % 1 < 1e-9), 40)          # the share comes out even
+    masks = m.draw_masks(V*batch, torch.Generator().manual_seed(r.seed), dev)
     n, s, p = r.views.local, r.views.local_size, r.prediction
-    local = torch.zeros(n, batch, 3, s, s, device=dev) if n else None
+    views, local = torch.zeros(V, batch, 3, r.data.image, r.data.image, device=dev), torch.zeros(n, batch, 3, s, s, device=dev) if n else None
     frames = torch.tensor([0., 0, 1, 1, 1], device=dev).expand(V, batch, 5)
     with torch.random.fork_rng(), FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): m(views, masks, local=local, frames=frames, labels=torch.zeros(batch, dtype=torch.long, device=dev))['loss'].backward()
     share = p.share if self.levels_predicted else 0
     asked = sum(t.shape[1] for t in masks.targets) * (1 + bool(p.next_view)) + masks.context.shape[1] * bool(p.visible)
     return dict(flops_per_image=c.get_total_flops() / batch, tokens=dict(context=V * masks.context.shape[1] + n * (s // r.encoder.patch)**2,
-        target=V * self.pyramid.sizes[0] * ('slow' in m.asks or share * (not m.own)), predictor=V * share * asked))
+        target=V * self.pyramid.sizes[0] * (('slow' in m.asks) + share * (not m.own)), predictor=V * share * asked))
 
 # %% ../nbs/40_model.ipynb #ddee4458
 def write_tensors(path, tensors:dict, metadata:dict):

@@ -8,9 +8,10 @@ __all__ = ['FREE', 'as_images', 'check_item', 'native_bf16', 'accelerator', 'sam
            'device_name']
 
 # %% ../nbs/61_train.ipynb #cba202a7
-import csv, json, math, os, platform, signal, statistics, threading, time
+import csv, json, math, os, platform, signal, statistics, threading, time, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -130,7 +131,8 @@ class Trainer:
         pictures = hasattr(images, 'open') and not getattr(images, 'resident', False)   # files, to be cut where they are decoded
         self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers, Crops(r) if pictures else None)
         if (t.batch // self.acc.num_processes) % t.accumulate: raise HJEPAError(f"A share of {t.batch // self.acc.num_processes} images a process does not divide into {t.accumulate} pieces: change train.batch or train.accumulate.")
-        self.model = model.to(self.device).train()
+        self.model, model.recipe = model.to(self.device).train(), r
+        self.data = f'{len(images):,} images' + (f' that begin with {zlib.crc32(images[:2].cpu().numpy().tobytes()):08x}' if isinstance(images, Tensor) else '')
         self.labels = labels if 'labels' in model.asks else None         # no other loss can see them
         if 'labels' in model.asks and (labels is None or (labels < 0).any()): raise HJEPAError(f"whole.kind {r.whole.kind} learns from labels and these data {'have none' if labels is None else 'lack some'}: use data with labels, or another loss.")
         self.opt = optimizer(self.model, r.optim)
@@ -231,10 +233,8 @@ def sync(self:Trainer):
 def plan(self:Trainer):
     "Fix the number of steps, once."
     t = self.r.train
-    if t.minutes: n = max(10, int(t.minutes * 60 / self.rehearse()))
-    else: n = t.steps or max(1, round(t.epochs * self.loader.steps_per_epoch))
-    n = [n]; broadcast_object_list(n)
-    self.steps = n[0]
+    n = [max(10, int(t.minutes * 60 / self.rehearse())) if t.minutes else t.steps or max(1, round(t.epochs * self.loader.steps_per_epoch))]
+    broadcast_object_list(n); self.steps = n[0]
 
 # %% ../nbs/61_train.ipynb #03082a27
 @patch
@@ -246,7 +246,7 @@ def save(self:Trainer):
     names = {p: n for n, p in self.model.named_parameters()}
     state = {f'model.{k}': v for k, v in self.model.state_dict().items()}
     for p, s in self.opt.state.items(): state |= {f'opt.{names[p]}.{k}': torch.as_tensor(v) for k, v in s.items()}
-    facts = dict(step=str(self.step), steps=str(self.steps), seconds=str(self.seconds))
+    facts = dict(step=str(self.step), steps=str(self.steps), seconds=str(self.seconds), data=self.data)
     write_rows(self.out / 'history.csv', self.rows)
     if self.monitor: write_rows(self.out / 'monitor.csv', self.monitor.rows)
     with settled(self.opt): self.model.save(self.out / 'model.safetensors', **facts)
@@ -262,10 +262,11 @@ def restore(self:Trainer) -> bool: # True if there was something to go on from
     try: state, meta = read_tensors(path)
     except HJEPAError: raise HJEPAError(f"{path} is cut short or not ours, so the run cannot go on: start over with fresh=True (--fresh on the command line), which sets the old folder aside.") from None
     same_recipe(self.r, from_yaml(meta['recipe']), self.out)
+    if (had := meta.get('data', self.data)) != self.data: raise HJEPAError(f"{self.out} holds a run on {had}, and these are {self.data}: bring the same, choose another folder, or start over with fresh=True (--fresh on the command line).")
     self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith('model.')})
     for n, p in self.model.named_parameters():
         s = {k.rpartition('.')[2]: v for k, v in state.items() if k.startswith(f'opt.{n}.') and k.count('.') == n.count('.') + 2}
-        if s: self.opt.state[p] = {k: v if k == 'step' else v.to(self.device) for k, v in s.items()}
+        if s: self.opt.state[p] = {k: v if k == 'step' and not self.opt.defaults.get('fused') else v.to(self.device) for k, v in s.items()} # a fused optimizer counts on the device
     for g, c in zip(self.opt.param_groups, json.loads(meta.get('counts', '[]'))): g.update(c)
     self.step, self.steps, self.seconds = int(meta['step']), int(meta['steps']), float(meta['seconds'])
     self.rows = [r for r in read_rows(self.out / 'history.csv') if r['step'] < self.step]
@@ -375,8 +376,8 @@ def fit(
     "Train a hierarchical JEPA."
     if isinstance(data, str): overrides['data.name'], data = data, None
     r = recipe(r, **overrides)
-    for k in ('encoder', 'levels', 'masks', 'predictor', 'prediction', 'whole') if model is not None else ():
-        if getattr(model.recipe, k) != getattr(r, k): raise HJEPAError(f"The model's {k} is not the recipe's: pass the recipe the model was built with (model.recipe).")
+    for k in ('encoder', 'levels', 'masks', 'predictor', 'prediction', 'whole', 'data.image') if model is not None else ():
+        if attrgetter(k)(model.recipe) != attrgetter(k)(r): raise HJEPAError(f"The model's {k} is not the recipe's: pass the recipe the model was built with (model.recipe).")
     images, labels = as_images(data, r)
     tr = Trainer(r, model or build(r), images, labels, out, live)
     where = [run_folder(out, r.name, fresh) if tr.main else None]; broadcast_object_list(where); tr.out = where[0]
@@ -384,16 +385,14 @@ def fit(
         tr.plan()
         if tr.main: write(tr.out / 'config.yaml', to_yaml(r))
         tr.save()                           # from here on the number of steps is fixed, whatever happens
-    at = tr.step
-    done = tr.run() if tr.step < tr.steps else True
+    at, done = tr.step, tr.run() if tr.step < tr.steps else True
     return replace(finish(tr, done), resumed_at=at)
 
 # %% ../nbs/61_train.ipynb #f53e9989
 def finish(tr:Trainer, done:bool) -> Run:
     "Facts of a run, written beside it."
-    m = tr.model.eval()
+    m, seen = tr.model.eval(), tr.step * tr.r.train.batch
     if hasattr(tr.opt, 'eval'): tr.opt.eval()                 # schedulefree: from here on the weights it stands for
-    seen = tr.step * tr.r.train.batch
     tr.facts |= dict(train_seconds=round(tr.seconds, 2), images_seen=seen, images_per_second=round(seen / max(tr.seconds, 1e-9), 1), steps=tr.step,
         params=sum(p.numel() for p in m.encoder.parameters()), params_trained=sum(p.numel() for p in tr.params),
         device=device_name(tr.device), processes=tr.acc.num_processes, torch=torch.__version__, **m.step_cost(), **past(tr.out))

@@ -73,6 +73,25 @@ def test_one_pass_reads_what_two_do(kw, size):
     for w, want in (('levels', m.levels(x)), ('pooled_l0', m.levels(x, pooled=True))): assert all(torch.equal(a, b) for a, b in zip(got[w], want, strict=True))
     assert [b.shape[1] for b in got['blocks']] == [(size // 4)**2] * 2
 
+def test_chance_starts_anew_where_large_patches_give_way():
+    r = tiny(patches=(4, 8), large_first=True, train__steps=20); tr = Trainer(r, build(r), images(), None, None); tr.steps = 20; c = tr.model.chance[0]
+    for s, x in enumerate(tr.loader.run(0, 10)): tr.update(x, s)
+    assert not c.ready and tr.model.chance[1].ready
+    c.level.fill_(99.); c.mean.fill_(99.)                          # what was known of the patches when nothing was trained
+    x, = tr.loader.run(10, 11); tr.update(x, 10); assert c.ready and c.level < 1 and c.mean.abs().max() < 10
+
+def test_a_level_without_a_question_has_no_share():
+    m = build(tiny(**{'masks.hidden': (6, 0), 'whole.kind': 'none', 'views.count': 1, 'prediction.weight': 1.})); x = torch.randn(1, 8, 3, 32, 32)
+    out = m(x, m.draw_masks(8, torch.Generator().manual_seed(0))); assert out['level_1'] == 0 and out['loss'] == out['level_0']
+    with pytest.raises(HJEPAError, match='no share to any level that is asked'): tiny(**{'masks.hidden': (6, 0), 'levels.weights': (0., 1.)})
+
+def test_cost_counts_every_share_and_every_pass():
+    from hjepa.config import peer
+    cost = {s: build(tiny(**{'prediction.share': s})).step_cost()['flops_per_image'] for s in (.1, .2, .3)}
+    assert cost[.1] < cost[.2] < cost[.3] and abs(cost[.3] - cost[.2] - (cost[.2] - cost[.1])) < .02 * (cost[.3] - cost[.2])
+    r = peer('dino', tiny()); target = build(r).step_cost()['tokens']['target']
+    assert build(tiny(**{'whole.kind': r.whole.kind, 'whole.args': r.whole.args, 'prediction.share': .25})).step_cost()['tokens']['target'] == 1.25 * target
+
 def test_windows_are_a_mask_between_windows():
     "Against the same blocks with full attention and an explicit mask."
     torch.manual_seed(0); e = Encoder(32, 4, 32, 3, 4, windows=2, window=4, positions='mixed').eval(); x = torch.randn(2, 3, 32, 32)

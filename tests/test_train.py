@@ -179,6 +179,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     assert go(tmp_path, train__log=2, name='other').finished                          # what cannot change the weights may differ
     assert go(tmp_path, optim__lr=2e-3, fresh=True).finished and bytes_of(tmp_path.with_name(tmp_path.name + '-2'))['state.safetensors'] == before['state.safetensors']
 
+def test_other_images_in_the_same_folder_are_refused(tmp_path, monkeypatch):
+    interrupt(monkeypatch, 3); assert not go(tmp_path).finished
+    monkeypatch.undo(); before = bytes_of(tmp_path)
+    for other, says in ((images(40), '32 images .*these are 40 images'), (images(seed=1), '32 images that begin with')):
+        with pytest.raises(HJEPAError, match=f'holds a run on {says}.*(another folder|fresh)'): go(tmp_path, data=other)
+    assert bytes_of(tmp_path) == before and go(tmp_path).finished
+    with pytest.raises(HJEPAError, match='holds a run on'): go(tmp_path, data=images(seed=1))       # a finished run is no answer for other images
+
 @pytest.mark.parametrize('share', [0, 7, .5, .99])
 @pytest.mark.parametrize('name', ['state', 'model'])
 def test_truncated_checkpoint(tmp_path, name, share):
@@ -241,6 +249,18 @@ def test_given_weights_survive(tmp_path, monkeypatch):
     assert same(given, seen[0]) and run.model is m and not same(given, weights(m))
     with pytest.raises(HJEPAError, match="encoder is not the recipe's"): go(tmp_path/'b', model=build(tiny()), encoder__depth=3, levels__depths=(1, 2, 3))
     with pytest.raises(HJEPAError, match="whole is not the recipe's"): go(tmp_path/'c', model=build(tiny()), whole__weight=.5)   # else silently ignored
+
+def test_given_model_is_saved_with_the_recipe_that_trained_it(tmp_path):
+    m = build(tiny()); go(tmp_path/'a', model=m, **{'optim.lr': 2e-4, 'data.mean': (.1, .1, .1)})
+    r = load(tmp_path/'a').recipe; assert r.optim.lr == 2e-4 and r.data.mean == (.1, .1, .1) and m.recipe == r
+    with pytest.raises(HJEPAError, match="data.image is not the recipe's"): go(tmp_path/'b', model=build(tiny()), data=images(size=64), **{'data.image': 64})
+
+def test_a_fused_optimizer_counts_on_its_device(tmp_path, monkeypatch):
+    "On a GPU the count of steps has to lie beside the weights: seen here by what is asked of it."
+    interrupt(monkeypatch, 3); go(tmp_path); monkeypatch.undo(); moved = []
+    r = tiny(); tr = Trainer(r, build(r), X, None, tmp_path); tr.opt.defaults['fused'] = True
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, f=torch.Tensor.to, **kw: (moved.append(self.ndim) if a and isinstance(a[0], torch.device) else None, f(self, *a, **kw))[1])
+    assert tr.restore() and moved.count(0) >= len(tr.opt.state)
 
 def test_target_is_the_online_encoder_at_the_start(tmp_path, monkeypatch):
     def update(self, x, s, f=Trainer.update):

@@ -31,9 +31,9 @@ def all_mean(x:Tensor) -> Tensor:
 # %% ../../nbs/losses/30_prediction.ipynb #4c5d5094
 class Chance(nn.Module):
     "Running mean target (N,D) of a level, and the loss of answering with it."
-    def __init__(self, n:int, dim:int, kind:str='smooth_l1', momentum:float=.99, floor:float=.01):
+    def __init__(self, n:int, dim:int, kind:str='smooth_l1', momentum:float=.99, floor:float=.01, forget=False):
         super().__init__()
-        self.kind, self.momentum, self.floor = kind, momentum, floor
+        self.kind, self.momentum, self.floor, self.forget = kind, momentum, floor, forget   # forget: a step without targets ends what is known, and the next batch that comes sets the averages
         self.register_buffer('mean', torch.zeros(n, dim))
         self.register_buffer('level', torch.zeros(()))
         self.register_buffer('ready', torch.zeros((), dtype=torch.bool))
@@ -54,6 +54,7 @@ class Chance(nn.Module):
     @torch.no_grad()
     def commit(self):
         "Once per optimizer step: move the averages by what was noted."
+        if self.forget and not self.seen: self.ready.fill_(False)
         for old, new in zip((self.mean, self.level), zip(*self.seen)):
             old.lerp_(all_mean(torch.stack(list(new)).mean(0)), 1 - self.momentum)
         self.clear()

@@ -23,8 +23,8 @@ class Weighting(nn.Module):
         on, a = self.size.new_tensor(self.given) > 0, 1 / self.size.clamp(min=1e-6)
         if self.kind == 'uw-so': a = (a / self.temperature).masked_fill(~on, -torch.inf).softmax(0) * on.sum()
         return a / a[on].mean() if self.kind == 'gradnorm' else a
-    def forward(self, losses:list, shared:nn.Module|None=None, first:int=0) -> Tensor: # L scalars; what all levels pass through, for 'gradnorm'; the first level that is asked, for 'fixed'
-        if self.kind == 'fixed': given = (0,) * first + self.given[first:]; return sum(g * l for g, l in zip(given, losses)) / sum(given)
+    def forward(self, losses:list, shared:nn.Module|None=None, asked=None) -> Tensor: # L scalars; what all levels pass through, for 'gradnorm'; for 'fixed': which levels are asked, None = all
+        if self.kind == 'fixed': given = [g * bool(a) for g, a in zip(self.given, asked or [1] * len(losses))]; return sum(g * l for g, l in zip(given, losses)) / (sum(given) or 1)
         if self.kind != 'learned' and self.training and torch.is_grad_enabled(): self.note(losses, shared)
         a, l, g = self.factors(), torch.stack(losses), losses[0].new_tensor(self.given)
         return (g * (a * l + (self.log if self.kind == 'learned' else 0))).sum() / g.sum()

@@ -56,7 +56,7 @@ class Block(nn.Module):
                  act:str='gelu', eps:float=1e-6): # see ACTS; of every LayerNorm
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.attn, hidden = Attention(dim, heads, qk_norm, cross, eps), int(dim*mlp)
+        self.attn, hidden = Attention(dim, heads, qk_norm, cross, eps), int(dim*mlp) // 2 * 2 if act == 'swiglu' else int(dim*mlp)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), ACTS[act](), nn.Linear(hidden // 2 if act == 'swiglu' else hidden, dim))
         gain = lambda: None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.gain1, self.gain2 = gain(), gain()

@@ -48,11 +48,10 @@ class PatchStem(nn.Module):
 # %% ../../nbs/parts/20_patch.ipynb #bc079eeb
 @lru_cache(64)
 @torch.compiler.assume_constant_result # torch.compile passes a cache by
-@torch.autocast('cpu', enabled=False) # in full precision, whoever asks first
+@torch.inference_mode(False) # an ordinary tensor, whoever asks first
 def resize_matrix(p:int, q:int) -> Tensor: # sides of a patch, pixels -> (q*q,p*p), on the CPU
     "What turns the weights of patches of `p` pixels into those for `q`: the pseudo-inverse of resizing."
-    B = F.interpolate(torch.eye(p*p).view(p*p, 1, p, p), (q, q), mode='bilinear', antialias=q < p).flatten(1)
-    return torch.linalg.pinv(B)
+    return torch.linalg.pinv(F.interpolate(torch.eye(p*p).view(p*p, 1, p, p), (q, q), mode='bilinear', antialias=q < p).flatten(1).double()).float() # autocast leaves double precision alone
 
 # %% ../../nbs/parts/20_patch.ipynb #796ca35d
 class PatchEmbed(nn.Module):

@@ -23,6 +23,7 @@ class Pyramid:
         self.grid, self.cells, self.top = tuple(grid), tuple(cells), top
         self.grids = [(grid[0]//c, grid[1]//c) for c in cells] + ([(1, 1)] if top else [])
         self.sizes = [h*w for h, w in self.grids]
+        if not all(self.sizes): raise ValueError(f"A grid of {grid[0]}x{grid[1]} patches holds no cell of {cells[-1]}x{cells[-1]}: bring larger images, or drop that level.")
     def __len__(self): return len(self.grids)
     def is_top(self, level): return self.top and level == len(self.grids) - 1
     def over(self, grid): return self if tuple(grid) == self.grid else Pyramid(grid, self.cells, self.top) # the same levels over another grid
