@@ -243,9 +243,9 @@ def plot_policies(models:dict): # 'models' of bench/depth.py -> a figure
         for arm, a in m['arms'].items():
             c, mine, p = arm_colors[arm], arm == 'hjepa', a['policies']; x, of = [r['flops']/1e6 for r in p], lambda k: [100*r[k] for r in p]
             name = lambda s: s if mine else f'untrained: {s}'
-            if mine: ax.plot(x, of('oracle'), ':', color='#1d4ed8', label='oracle'); ax.axhline(100*a['acc'][-1], color=c, lw=.6)
+            if mine: ax.plot(x, of('oracle'), ':', color='#1d4ed8', label='oracle'); ax.axhline(100*a['acc'][-1], color='k', lw=.6, label='full pass, for all')
             ax.errorbar(x, of('acc'), [[100*abs(r['acc'] - r['ci'][i]) for r in p] for i in (0, 1)], fmt='o-', ms=3.5, color=c, elinewidth=1, label=name('confidence'))
-            if mine: ax.plot(x, of('static'), '--', color=c, label='best coin of fixed exits'); ax.plot(x, of('random'), '-.', lw=1, color='#0f766e', label='random, equal rates')
+            if mine: ax.plot(x, of('static'), '--', color=c, label='best coin between fixed exits'); ax.plot(x, of('random'), '-.', lw=1, color='#0f766e', label='random, equal rates')
             ks = range(0 if mine else 1, len(a['acc'])); q = [a['alone'][k]/1e6 for k in ks], [100*a['acc'][k] for k in ks]
             ax.errorbar(*q, yerr=[[100*(a['acc'][k] - a['ci'][k][0]) for k in ks], [100*(a['ci'][k][1] - a['acc'][k]) for k in ks]], fmt='s', ms=4, color=c, mfc='w', label=name('one fixed exit'))
         ax.set_xlabel('MFLOPs an image'); ax.set_title(f"{m['blocks']} blocks"); ax.annotate('pixels', (m['arms']['hjepa']['alone'][0]/1e6, 100*m['arms']['hjepa']['acc'][0]), (3, -14), textcoords='offset points')
@@ -263,7 +263,7 @@ def plot_clock(models:dict): # 'models' of bench/depth.py -> a figure
                 y = i + (.2, .4)[b]; c = level_colors(3)[b]
                 ax.plot([100*t[k]['lo'], 100*t[k]['hi']], [y - .3, y - .3], color=c, lw=2); ax.plot(100*t[k]['ratio'], y - .3, 'os'[b], color=c, ms=5, label=f'seconds, batch of {batch}' if i == 0 else None)
                 ax.plot(100*flop[k], y - .3, 'D', mec='k', mfc='none', ms=7, label='FLOPs of the same images' if i == b == 0 else None)
-        ax.set_yticks(range(len(n)), [k.replace('early', 'early exit') for k in n]); ax.set_ylim(len(n) - .5, -.6); ax.set_xlim(0, 105); ax.set_xlabel('% of a full pass'); ax.set_title(f"{m['blocks']} blocks")
+        ax.set_yticks(range(len(n)), [k.replace('early', 'early exit') for k in n]); ax.set_ylim(len(n) - .5, -.6); ax.set_xlim(-3, 105); ax.set_xlabel('% of a full pass'); ax.set_title(f"{m['blocks']} blocks")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig
 
@@ -310,13 +310,13 @@ def figure(self:ExitExplorer) -> Figure:
     "The curve with a dot, and the images by exit."
     s, K = self.sweep[self.tau.value], self.conf.shape[1]; who = Table(self.conf, self.conf > 0, [], []).leave(s['tau'])
     with style():
-        fig = Figure(figsize=(7, 3.2), layout='constrained'); left, right = fig.subfigures(1, 2, width_ratios=(1, 1.5)); ax = left.subplots()
+        fig = Figure(figsize=(7, 2.1 + .95*K), layout='constrained'); above, below = fig.subfigures(2, 1, height_ratios=(2.1, .95*K)); ax = above.subplots()
         ax.plot([100*v['flops']/self.full for v in self.sweep], [100*v['acc'] for v in self.sweep], color=arm_colors['hjepa']); ax.plot(100*s['flops']/self.full, 100*s['acc'], 'ko')
         ax.set(xlabel='FLOPs, % of the full pass', ylabel='accuracy, %'); ax.set_title(f"sure from {s['tau']:.2f}: {100*s['acc']:.1f} % right", fontsize=9)
-        for k, ax in enumerate(right.subplots(1, K)):
-            hide_axes(ax); ax.set_title(f"{f'block {k}' if k else 'pixels'}\n{100*s['share'][k]:.0f} %", fontsize=9)
-            for n, i in enumerate(np.flatnonzero(who == k)):
-                (r, c), ok = divmod(n, 4), self.truth[i] == self.answer[i, k]; ax.imshow(self.images[i], extent=(c + .08, c + .92, r + .92, r + .08))
-                ax.add_patch(Rectangle((c + .06, r + .06), .88, .88, fill=False, lw=1.6, ec='#1d4ed8' if ok else '#c2410c', ls='-' if ok else ':'))
-            ax.set_xlim(0, 4); ax.set_ylim(9, 0)
+        for k, ax in enumerate(below.subplots(K, 1)):
+            here = np.flatnonzero(who == k); hide_axes(ax); ax.set_title(f"{f'block {k}' if k else 'pixels'}: {100*s['share'][k]:.0f} % of all, {len(here)} of these {len(who)}", loc='left', fontsize=9, pad=2)
+            for n, i in enumerate(here):
+                (r, c), ok = divmod(n, 18), self.truth[i] == self.answer[i, k]; ax.imshow(self.images[i], extent=(c + .08, c + .92, r + .92, r + .08))
+                ax.add_patch(Rectangle((c + .04, r + .04), .92, .92, fill=False, lw=1.2, ec='#1d4ed8' if ok else '#c2410c', ls='-' if ok else ':'))
+            ax.set_xlim(0, 18); ax.set_ylim(2, 0)
     return fig

@@ -157,7 +157,7 @@ def sorted_by(
     xy, values,  # (N,2) map; (N,) class numbers, numbers, or angles in turns; NaN and classes below 0 are left out
     kind:str,    # 'class', 'number' or 'angle'
     near:int=10,
-) -> float: # 1 sorted wholly; 0 or less: not at all
+) -> float: # 1 sorted wholly; 0: not at all
     "How well a map's neighbours foretell a value."
     v = np.asarray(values, dtype=np.float64); ok = np.isfinite(v) & ((v >= 0) | (kind == 'number')); xy, v = np.asarray(xy)[ok], v[ok]
     who = NearestNeighbors(n_neighbors=near).fit(xy).kneighbors(return_distance=False)
@@ -165,7 +165,7 @@ def sorted_by(
         chance = float(((np.unique(v, return_counts=True)[1] / len(v))**2).sum())
         return round((float((v[who] == v[:, None]).mean()) - chance) / (1 - chance), 4)
     if kind == 'angle': v = np.exp(2j * np.pi * v)
-    return round(1 - float((np.abs(v - v[who].mean(1))**2).mean() / v.var()), 4)
+    return round(1 - float((np.abs(v - v[who].mean(1))**2).mean() / (v.var() * (1 + 1/near))), 4)     # the mean of strangers errs by its own variance, too
 
 def factor_table(kept:dict, method='UMAP 0') -> dict: # one set of load_maps() -> {colour: {arm: [a number a level]}}
     "Every colour, arm and level."
@@ -178,7 +178,7 @@ def plot_factors(table:dict): # of factor_table() -> a figure
     fig, axes = plt.subplots(1, len(arms), sharey=True, figsize=(.55*sum(arms.values()) + 1.6, .27*len(table) + .9), width_ratios=[*arms.values()], squeeze=False)
     for ax, (a, n) in zip(axes[0], arms.items()):
         z = 100*np.array([r[a] for r in table.values()]); ax.imshow(z, cmap='Blues', vmin=0, vmax=100, aspect='auto'); ax.grid(False)
-        for i, j in np.ndindex(*z.shape): ax.text(j, i, f'{max(0, z[i, j]):.0f}', ha='center', va='center', color='w' if z[i, j] > 60 else 'k')
+        for i, j in np.ndindex(*z.shape): ax.text(j, i, f'{round(z[i, j])}', ha='center', va='center', color='w' if z[i, j] > 60 else 'k')
         ax.set_xticks(range(n), [f'level {l}' for l in range(n)] if n > 1 else ['raw']); ax.set_yticks(range(len(table)), table); ax.set_title(ARMS.get(a, a).removeprefix('raw ') + ', %')
     return fig
 
@@ -194,7 +194,7 @@ WALK = """
 #U .map{position:relative;aspect-ratio:1;container-type:inline-size;border:1px solid #8888;border-radius:6px}
 #U .map>*{appearance:none;-webkit-appearance:none;position:absolute;left:-3.5px;top:-3.5px;margin:0;padding:0;border:0;width:7px;height:7px;border-radius:50%;background:var(--c);box-shadow:0 0 0 .5px #888;transition:translate .7s}
 #U .map>input{left:-6px;top:-6px;width:12px;height:12px;box-shadow:0 0 0 1.5px currentColor;cursor:pointer}
-#U .v{--c:#0072b2;border-radius:0!important} #U .a{--c:#d55e00}
+#U .v{--c:#0173b2} #U .a{--c:#de8f05;border-radius:0!important}
 #U:has(.byb:checked) .map>*{background:var(--b);border-radius:50%!important}
 #U .map>input:is(:hover,:checked,:focus-visible){z-index:2} #U .map>input:hover{z-index:4} #U .map>input:focus-visible{outline:3px solid #0a84ff;outline-offset:3px}
 #U .map>input:is(:hover,:checked)::after{content:"";position:absolute;left:-24px;top:-24px;width:60px;height:60px;box-sizing:border-box;border:2px solid currentColor;border-radius:4px;pointer-events:none;background:url(SHEET) calc(var(--i)*-60px) 0/auto 60px;background-origin:border-box}
@@ -226,7 +226,7 @@ def walk_map(
     marks = [f'<i {s}"></i>' for s in look[len(pics):]] + [f'<input type=radio name={U}p aria-label="{t}" {s};--i:{i}">' for i, (s, t, _) in enumerate(zip(look, label, pics))]
     def ask(name, **options): return f'<fieldset><legend>{name}&ensp;</legend>' + ''.join(f'<label><input type=radio name={U}{name} class={c}{" checked" * (j == 0)}>{t}</label>' for j, (c, t) in enumerate(options.items())) + '</fieldset>'
     top = ask('level', **{f'l{l}': l for l in range(len(kept['maps'][arms[0]]))}) + ask('weights', **{f'w{w}': ARMS.get(a, a) for w, a in enumerate(arms)}) + ask('colour', byk='kind', byb='brightness')
-    key = f'<span><span class="say sk"><span style="color:#0072b2">■</span> {names["kind"][0]} <span style="color:#d55e00">●</span> {names["kind"][1]}</span><span class="say sb">dark <span class=bar></span> bright</span></span>'
+    key = f'<span><span class="say sk"><span style="color:#0173b2">●</span> {names["kind"][0]} <span style="color:#de8f05">■</span> {names["kind"][1]}</span><span class="say sb">dark <span class=bar></span> bright</span></span>'
     return HTML(f'<div id={U}>{style}{top}<div class=map role=group aria-label="Map of photographs; ringed dots show theirs">{"".join(marks)}</div><div style="display:flex;justify-content:space-between">{key}<span>{trust}</span></div></div>')
 
 # %% ../../nbs/analyze/73_embedding.ipynb #73a70024
