@@ -29,7 +29,7 @@ PROBES = dict(linear=linear_probe, knn=knn_probe)
 class Flat(HJEPA):
     "The flat twin where a run has several sizes of patches: in every step its patches, and nothing larger, are hidden and asked, as many of them as the hierarchy hides, and asks in all."
     def draw_masks(self, B, generator=None, device=None, progress=None):
-        like, P = super().draw_masks(1, torch.Generator(), None, progress), self.pyramid; u = like.unit
+        like, P = super().draw_masks(1, torch.Generator() if self.recipe.encoder.large_first else generator, None, progress), self.pyramid; u = like.unit
         hidden, asked = P.sizes[u] - like.context.shape[1], sum(t.shape[1] for t in like.targets)
         return sample_masks(P, B, *([n if l == u else 0 for l in range(len(P.cells))] for n in (hidden, asked)), generator=generator, device=device, unit=u)
 

@@ -251,8 +251,8 @@ def next_view(self:HJEPA, ctx, seen, wanted, places, frames) -> Tensor: # scalar
     here = [carry(after(p), after(frames), frames, r.grid) for p in places]
     inside = [((p > 0) & (p < r.grid)).all(-1) for p in here]
     scores = [self.score(l, a, t if t is None else after(t), i) for l, (a, t, i) in enumerate(zip(self.predictor(ctx, seen, here), wanted, inside))]
-    g = [0 if t is None else w for t, w in zip(wanted, r.levels.weights)]
-    return sum(a * b for a, b in zip(g, scores)) / sum(g)
+    g = [0 if t is None or not t.shape[1] else w for t, w in zip(wanted, r.levels.weights)]
+    return sum(a * b for a, b in zip(g, scores)) / (sum(g) or 1)
 
 @patch
 def calibrate(self:HJEPA, pieces): # of (views, masks, ...): one whole batch

@@ -131,7 +131,7 @@ class Trainer:
         pictures = hasattr(images, 'open') and not getattr(images, 'resident', False)   # files, to be cut where they are decoded
         self.loader = Loader(images, t.batch, r.seed, self.acc.process_index, self.acc.num_processes, self.device, r.data.workers, Crops(r) if pictures else None)
         if (t.batch // self.acc.num_processes) % t.accumulate: raise HJEPAError(f"A share of {t.batch // self.acc.num_processes} images a process does not divide into {t.accumulate} pieces: change train.batch or train.accumulate.")
-        self.model, model.recipe = model.to(self.device).train(), r
+        self.model = model.to(self.device).train()
         self.data = f'{len(images):,} images' + (f' that begin with {zlib.crc32(images[:2].cpu().numpy().tobytes()):08x}' if isinstance(images, Tensor) else '')
         self.labels = labels if 'labels' in model.asks else None         # no other loss can see them
         if 'labels' in model.asks and (labels is None or (labels < 0).any()): raise HJEPAError(f"whole.kind {r.whole.kind} learns from labels and these data {'have none' if labels is None else 'lack some'}: use data with labels, or another loss.")
@@ -234,7 +234,7 @@ def plan(self:Trainer):
     "Fix the number of steps, once."
     t = self.r.train
     n = [max(10, int(t.minutes * 60 / self.rehearse())) if t.minutes else t.steps or max(1, round(t.epochs * self.loader.steps_per_epoch))]
-    broadcast_object_list(n); self.steps = n[0]
+    broadcast_object_list(n); self.steps, self.model.recipe = n[0], self.r
 
 # %% ../nbs/61_train.ipynb #03082a27
 @patch
@@ -268,7 +268,7 @@ def restore(self:Trainer) -> bool: # True if there was something to go on from
         s = {k.rpartition('.')[2]: v for k, v in state.items() if k.startswith(f'opt.{n}.') and k.count('.') == n.count('.') + 2}
         if s: self.opt.state[p] = {k: v if k == 'step' and not self.opt.defaults.get('fused') else v.to(self.device) for k, v in s.items()} # a fused optimizer counts on the device
     for g, c in zip(self.opt.param_groups, json.loads(meta.get('counts', '[]'))): g.update(c)
-    self.step, self.steps, self.seconds = int(meta['step']), int(meta['steps']), float(meta['seconds'])
+    self.step, self.steps, self.seconds, self.model.recipe = int(meta['step']), int(meta['steps']), float(meta['seconds']), self.r
     self.rows = [r for r in read_rows(self.out / 'history.csv') if r['step'] < self.step]
     if self.monitor:
         self.monitor.rows = [r for r in read_rows(self.out / 'monitor.csv') if r['step'] <= self.step]

@@ -33,10 +33,10 @@ class Attention(nn.Module):
     def forward(self, x:Tensor, rope=None, context=None, context_rope=None, mask=None): # (B,N,D) -> (B,N,D)
         q, k, v = self.project(x, context)
         kind = torch.float32 if v.dtype.itemsize == 2 and v.requires_grad and v.device.type == 'cpu' else v.dtype # in half precision the kernel's backward pass is slow on a CPU
-        q, k, v = self.q_norm(q.to(kind)), self.k_norm(k.to(kind)), v.to(kind)
+        q, k = self.q_norm(q).to(kind), self.k_norm(k).to(kind)
         if rope is not None: q, k = rotate(q, *rope), rotate(k, *(context_rope if self.cross else rope))
-        with torch.autocast(v.device.type, enabled=False): o = F.scaled_dot_product_attention(q.to(kind), k.to(kind), v, attn_mask=mask)
-        return self.proj(o.transpose(1, 2).flatten(2))
+        with torch.autocast('cpu', enabled=False): o = F.scaled_dot_product_attention(q, k, v.to(kind), attn_mask=mask)
+        return self.proj(o.transpose(1, 2).flatten(2).to(v.dtype))
 
 # %% ../../nbs/parts/22_attention.ipynb #9ea1201a
 class SwiGLU(nn.Module):
