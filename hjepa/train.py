@@ -266,7 +266,7 @@ def restore(self:Trainer) -> bool: # True if there was something to go on from
     self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith('model.')})
     for n, p in self.model.named_parameters():
         s = {k.rpartition('.')[2]: v for k, v in state.items() if k.startswith(f'opt.{n}.') and k.count('.') == n.count('.') + 2}
-        if s: self.opt.state[p] = {k: v if k == 'step' and not self.opt.defaults.get('fused') else v.to(self.device) for k, v in s.items()} # a fused optimizer counts on the device
+        if s: self.opt.state[p] = {k: v if k == 'step' and not any(g.get('fused') for g in self.opt.param_groups) else v.to(self.device) for k, v in s.items()} # a fused optimizer counts on the device
     for g, c in zip(self.opt.param_groups, json.loads(meta.get('counts', '[]'))): g.update(c)
     self.step, self.steps, self.seconds, self.model.recipe = int(meta['step']), int(meta['steps']), float(meta['seconds']), self.r
     self.rows = [r for r in read_rows(self.out / 'history.csv') if r['step'] < self.step]

@@ -258,7 +258,7 @@ def test_given_model_is_saved_with_the_recipe_that_trained_it(tmp_path):
 def test_a_fused_optimizer_counts_on_its_device(tmp_path, monkeypatch):
     "On a GPU the count of steps has to lie beside the weights: seen here by what is asked of it."
     interrupt(monkeypatch, 3); go(tmp_path); monkeypatch.undo(); moved = []
-    r = tiny(); tr = Trainer(r, build(r), X, None, tmp_path); tr.opt.defaults['fused'] = True
+    r = tiny(); tr = Trainer(r, build(r), X, None, tmp_path); tr.opt.param_groups[0]['fused'] = True
     monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, f=torch.Tensor.to, **kw: (moved.append(self.ndim) if a and isinstance(a[0], torch.device) else None, f(self, *a, **kw))[1])
     assert tr.restore() and moved.count(0) >= len(tr.opt.state)
 
