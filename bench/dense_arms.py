@@ -9,6 +9,7 @@ the input (a level, or all of them) that does best on a held-out tenth of the 30
 the native levels, or, where there is one level, on that one pooled. The hierarchy's levels also read an early block, which its twin's do not: so every
 trained encoder is read in three ways more, or the hierarchy in two (segmentation only): a block a scale, which is how the hierarchy reads its own;
 all these blocks at one scale; the last block at all scales. With two levels all three are equally wide. What is done is kept in --runs, so that a stopped command goes on.
+The first of --arms says which levels and blocks are read, and stands as the untrained network.
 """
 import argparse, json, sys
 from pathlib import Path
@@ -18,13 +19,11 @@ from hjepa.evaluate.dense import Patches, at_size, average_precision, dense_scen
 from hjepa.files import write
 from hjepa.model import build, load, untrained
 
-ARMS = 'hierarchy', 'one level', 'MAE'
-
 def readings(r): # recipe of the hierarchy -> name -> recipe
     "Which blocks are read at which scales."
     *by_scale, top = r.levels.depths; last = [top] * len(by_scale)
     one = {'levels.cells': r.levels.cells[:1], 'levels.depths': [tuple(sorted({d for g in r.levels.groups for d in g})), top], 'levels.weights': [1.],
-           'masks.hidden': [r.levels.cells[-1]], 'masks.predict': [1]}                      # what is hidden plays no part in reading
+           'masks.hidden': [r.levels.cells[-1]], 'masks.predict': [1], 'encoder.patches': (), 'encoder.large_first': False} # what is hidden and drawn in training plays no part in reading
     return {'a block a scale': r, 'all blocks, one scale': change(r, **one), 'last block, all scales': change(r, **{'levels.depths': [*last, top]})}
 
 def read_so(model, r): # of curves.py, recipe -> HJEPA
@@ -41,6 +40,7 @@ def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, the in
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--runs', required=True, metavar='DIR', help='the --state of curves.py'); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--arms', nargs='+', default=['hierarchy', 'one level', 'MAE'], help='of curves.py, in this order')
     p.add_argument('--train', type=int, default=300); p.add_argument('--test', type=int, default=200); p.add_argument('--size', type=int, default=64, help='pixels'); p.add_argument('--detector-steps', type=int, default=200, help='0: no detection')
     p.add_argument('--json', metavar='FILE')
     a = p.parse_args(); root, facts, rows = Path(a.runs), machine('cpu'), []
@@ -54,12 +54,12 @@ def main():
         rows.append(dict(arm=arm, seed=seed, **json.loads(file.read_text()))); r = rows[-1]
         print(arm, seed, f"mIoU {100*r['linear']['miou']:.1f} ({r['linear']['input']}) and {100*r['knn']['miou']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
     for seed in a.seeds:
-        for arm in ARMS:
+        for arm in a.arms:
             model = load(root / f"{arm.replace(' ', '-')}-{seed}").eval(); judge(arm, seed, at_size(model, a.size))
-            if arm == ARMS[0]:
+            if arm == a.arms[0]:
                 ways = readings(model.recipe); judge('untrained', seed, at_size(untrained(model.recipe), a.size)); judge('raw pixels', seed, Patches(at_size(model, a.size), a.size))
             for way, r in ways.items():
-                if arm != ARMS[0] or r is not ways['a block a scale']: judge(f'{arm}, {way}', seed, at_size(read_so(model, r), a.size), False)
+                if model.recipe.levels != r.levels: judge(f'{arm}, {way}', seed, at_size(read_so(model, r), a.size), False)
     if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')
 
 if __name__ == '__main__':
