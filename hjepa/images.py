@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'IMAGE_FILES', 'BadImage', 'rgb', 'open_image', 'fit', 'ro
            'tolerate']
 
 # %% ../nbs/03_images.ipynb #ab72be2d
-import os, re, stat, warnings
+import hashlib, os, re, stat, warnings
 from collections import Counter
 import numpy as np, torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -102,6 +102,15 @@ class Folder(Lazy):
         try: return rgb(self.opener(item, size))
         except (DataError, MemoryError): raise
         except Exception as e: raise BadImage(item, ' '.join(str(e).split()) or type(e).__name__) from e
+    def digest(self): # hex SHA-256; None where an opener stands between the items and the images
+        "A name for the images by the paths, sizes and times of their files, none of which is opened"
+        if self.opener is not None: return None
+        h = hashlib.sha256(str(self.image).encode())
+        for p in self.items:
+            try: s = os.stat(p)
+            except OSError as e: raise BadImage(p, e.strerror) from e
+            h.update(f'\n{p} {s.st_size} {s.st_mtime_ns}'.encode())
+        return h.hexdigest()
 
 # %% ../nbs/03_images.ipynb #8fd6df53
 def _above(real:str, root:str)->bool: return (root+os.sep).startswith(real.rstrip(os.sep)+os.sep) # `root` itself, or a folder that it is in

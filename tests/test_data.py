@@ -331,6 +331,21 @@ def test_the_hub_reads_a_folder(home):
     assert (len(s), len(t), s.classes, s.labels.tolist())==(8, 4, ('cat','dog'), [0]*4+[1]*4)
     assert np.array_equal(s.images[5].permute(1,2,0).numpy(), TINY['train'][0][11]) and torch.equal(pickle.loads(pickle.dumps(s)).images[5], s.images[5])
 
+@pytest.mark.parametrize('there', ['train', 'test'])
+def test_a_set_of_the_hub_with_one_split(home, there):
+    "What is held out is not trained on."
+    pytest.importorskip('datasets')
+    for c in ('cat','dog'):
+        (home/'h'/there/c).mkdir(parents=True)
+        for i in range(20): Image.fromarray(TINY['train'][0][(i+20*(c=='dog'))%len(TINY['train'][0])]+np.uint8(i)).save(home/'h'/there/c/f'{i}.png')
+    get = lambda k: load(f'hf:{home}/h', k, image=32, progress=False)
+    if there=='test':
+        for k in ('train','test'):
+            with pytest.raises(DataError, match='no train'): get(k)
+        return
+    a,b = get('train'), get('test'); seen = {a.images[i].numpy().tobytes() for i in range(len(a))}
+    assert (len(a), len(b))==(36, 4) and not any(b.images[i].numpy().tobytes() in seen for i in range(len(b)))
+
 def test_the_hub_without_its_package(home, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(DataError, match='pip install datasets'): load('hf:uoft-cs/cifar10')

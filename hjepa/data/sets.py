@@ -302,14 +302,15 @@ def _hf(name:str, split:str, image, root:Path, progress:bool): # images, labels,
     finally:
         hf.utils.logging.set_verbosity(said)
         if not quiet: hf.enable_progress_bars()
-    s = next((s for s in dict(train=['train'], test=['test','validation','valid','val'])[split] if s in by), None)
-    ds = by[s or next(iter(by))]
+    train, test = ('train' if 'train' in by else None), next((s for s in ('test','validation','valid','val') if s in by), None)
+    if test and not train: raise DataError(f'hf:{name} has a split {test} and no train: choose another set.')
+    ds = by[test if split=='test' and test else train or next(iter(by))]
     column = {t: next((k for k,f in ds.features.items() if isinstance(f, t)), None) for t in (hf.Image, hf.ClassLabel)}
     if column[hf.Image] is None: raise DataError(f'hf:{name} has no column of images (its columns are {", ".join(ds.features)}): choose another set.')
     y, classes = ([-1]*len(ds), ()) if column[hf.ClassLabel] is None else (ds[column[hf.ClassLabel]][:], tuple(ds.features[column[hf.ClassLabel]].names))
     cells = ds.cast_column(column[hf.Image], hf.Image(decode=False))[column[hf.Image]]
     images = Folder(range(len(ds)), image or 224, partial(_hf_image, cells))
-    return (images, y, classes, f"the hub's {name}") if s else _held(images, y, classes, split, f"the hub's {name}")
+    return (images, y, classes, f"the hub's {name}") if train and test else _held(images, y, classes, split, f"the hub's {name}")
 
 # %% ../../nbs/data/11_sets.ipynb #7a377f8b
 @dataclass(frozen=True, eq=False, repr=False)

@@ -315,7 +315,7 @@ def table(rows, head): # lists of cells
 # %% ../../nbs/evaluate/58_card.ipynb #579faac7
 captions = dict(
     scores='Test accuracy of every arm by level, on mean features, with 95 % bootstrap intervals. Linear: logistic regression (L-BFGS), strength chosen on a held-out tenth. k-NN: cosine, weighted, 20 neighbours. The dashed band is raw pixels.',
-    maps='Test images on two maps of the features, the untrained twin below: coloured by class; trust is the share of neighbours kept (1 = all). A map is no measure of quality.',
+    maps='Test images on two maps of the features, the untrained twin below: coloured by class; trust is trustworthiness: 1 where no neighbour on the map is a false one, about .5 for a random map. A map is no measure of quality.',
     neighbours='Test images and the labelled images nearest by cosine, at each level and for the untrained twin. Red names are of another class.',
     masks='What the training asked: visible and hidden pixels of a view, and the cells that the predictor had to answer for.',
     loss='Loss of each level over the training, as a share of chance (dotted: no better than the mean target).')

@@ -117,7 +117,7 @@ def images_digest(images) -> str: # hex SHA-256
     "A name for a set of images: set, split and every byte of the pictures."
     name = f'{images.name} {images.split} ' if hasattr(images, 'images') else '' # a tensor has a name of its own
     h, images = hashlib.sha256(name.encode()), getattr(images, 'images', images)
-    if hasattr(images, 'digest'): h.update(images.digest().encode()); return h.hexdigest()
+    if d := getattr(images, 'digest', lambda: None)(): h.update(d.encode()); return h.hexdigest()
     for i, x in batches(images):
         if not i: h.update(f'{x.dtype} {len(images)} {tuple(x.shape[1:])}'.encode())
         h.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -31,7 +31,7 @@ from .probes import Score, held_out, paired, score, stratified_subset
 # %% ../../nbs/evaluate/53_finetune.ipynb #7db4a7b2
 @dataclass(frozen=True)
 class Tune:
-    "How an encoder is fine-tuned. The defaults are MAE's for ViT-B."
+    "How an encoder is fine-tuned. The defaults are those of MAE's released code for ViT-B."
     epochs:float = 100
     least:int = 0             # steps at least: a small set is gone through more often
     batch:int = 1024          # images a step; even, since mixup pairs them

@@ -49,6 +49,7 @@ def bootstrap(
 ) -> tuple: # (lo, hi), shares
     "Percentile interval of an accuracy."
     c = _answers(correct)
+    if c.all() or not c.any(): miss = 1 - ((1 - level)/2)**(1/c.size); return (1. - miss, 1.) if c.all() else (0., miss)   # every resample is the same: Clopper and Pearson's
     draws = np.random.default_rng(seed).binomial(c.size, c.mean(), n) / c.size
     return tuple(np.quantile(draws, [(1 - level)/2, (1 + level)/2]).tolist())
 

@@ -30,7 +30,7 @@ from .robustness import plot_severity, robustness
 from ..style import arm_colors, save, style
 from .dense import dense_scenes, detection, plot_detection, plot_segmentation, segmentation
 from .probing import plot_probing, probing
-from .transfer import plot_transfer, transfer
+from .transfer import plot_transfer, transfer, vtab_table
 from .card import _plain, acc, arms, compare, html, markdown, names as card_names, picture, pts, read_card, report, shown_as, table
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a00006
@@ -110,7 +110,7 @@ def part_few_shot(job:Job) -> dict:
         ax.errorbar(np.array(ks)[order], v[:, 0], [v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]], marker='o', ms=4, capsize=2, color=arm_colors[a], label=a)
     ax.set(xlabel='labelled images', ylabel='test accuracy, %', xscale='log', xticks=ks, xticklabels=ks); ax.minorticks_off(); ax.legend(fontsize=8)
     return dict(figures=dict(shots=(fig, 'Logistic regression from few labels: mean over ten draws, with its 95 % interval.')),
-                title='Few labels', text=f'Accuracy in %, logistic regression from so many labelled images a class, at a fixed strength (C = 1, which suits no arm best); or from a share of the {job.whole:,} training images, strength chosen on a held-out tenth of them. Mean over ten draws with its 95 % t-interval over draws; '
+                title='Few labels', text=f'Accuracy in %, logistic regression from so many labelled images a class, at a fixed strength (C = 1, tuned for no arm); or from a share of the {job.whole:,} training images, strength chosen on a held-out tenth of them. Mean over ten draws with its 95 % t-interval over draws; '
                 f"where a share is more than half of the {len(y):,} labelled images there is one draw, and the interval is over test images.{left}",
                 head=['features', *asked], rows=[[a, *map(acc, d.values())] for a, d in data.items()], data=data)
 
@@ -178,7 +178,7 @@ def part_probing(job:Job) -> dict:
     cell = lambda k, f, p: f"{100*r['readouts'][k][f]['hjepa'][p]['skill']:.0f} ({pts(r['minus']['untrained'][k][f][p])})"
     return dict(figures=dict(matrix=(plot_probing(r), 'Skill in %: 0 = a guess, 100 = perfect; L: level, B: block. A frame: above the untrained twin at the same place; a dot: above level 0 pooled (95 % intervals of paired differences).')),
                 title='What each level knows of scenes', text=f"{upper(r['protocol'])}. {r['n_train']:,} training and {r['n_test']:,} test scenes at {r['size']} pixels, width {r['width']}. "
-                f"Skill in %, in brackets minus the untrained twin, with its paired 95 % interval. Of {len(r['factors'])} factors {known} are read better than by a guess at some level (of many intervals some clear zero by luck). The best place of each arm, intervals apart: better than the untrained twin {said(over('hjepa', 'untrained'))}; "
+                f"Skill in %, in brackets minus the untrained twin, with its paired 95 % interval. Of {len(r['factors'])} factors {known} are read better than by a guess at some level (of many intervals some clear zero by luck). The best place of each arm, taken on the test scenes, intervals apart: better than the untrained twin {said(over('hjepa', 'untrained'))}; "
                 f"better than raw pixels {said(over('hjepa', 'pixels'))}; worse than raw pixels {said(over('pixels', 'hjepa'))}.", head=['factor', *(f'{k}, {p}' for k, p in cols), 'pixels'],
                 rows=[[v['title'], *(cell(k, f, p) for k, p in cols), pix(f)] for f, v in r['factors'].items()], data=r)
 
@@ -282,6 +282,10 @@ def run_part(name:str, job:Job, key:str, out) -> dict:
     return part
 
 # %% ../../nbs/evaluate/59_suite.ipynb #59a0000c
+def _beside(name) -> list: # what a part finds in the data folder, beside the images it is given
+    if name.startswith('transfer'): return [(r['name'], r['status'], r['source']) for r in vtab_table()]
+    return sorted(p.name for c in ('CIFAR-10-C', 'ImageNet-C') for p in (data_root()/c).glob('*')) if name.startswith('robustness') else []
+
 def evaluate(
     model, twin,         # to judge, and its untrained twin
     recipe,              # of the model, for the report
@@ -301,7 +305,7 @@ def evaluate(
     r = _old_card(out, key) or report(model, recipe, train, test, out, some=some, seed=seed, twin=twin, cache=out/'features', progress=progress, index=index, batch=max(16, min(500, int(2.5e11 / image_flops(model, some.images[0])))), few=few,
                                        also=READ if 'readouts' in SUITES[suite] else {}, fewer=fewer, key=key, **kw)
     job = Job(model, twin, some, test, r['levels'], seed, out/'features', len(train), tests, index, limited)
-    parts = {n: run_part(n, job, f'{key} {limited}', out) for n in tqdm(SUITES[suite], desc=f'{suite} suite', disable=not progress or not SUITES[suite])}
+    parts = {n: run_part(n, job, f'{key} {limited} {_beside(n)}', out) for n in tqdm(SUITES[suite], desc=f'{suite} suite', disable=not progress or not SUITES[suite])}
     r |= dict(suite=suite, parts=parts)
     text = markdown(r) + ''.join(map(in_words, parts.values()))
     if not r['missing'] and all(p['rows'] for p in parts.values()): shutil.rmtree(out/'features', ignore_errors=True)   # everything is done
