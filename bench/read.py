@@ -26,13 +26,13 @@ def judged(feats, some, held): # level -> (labelled, asked)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='pretrained:cifar10-cpu'); p.add_argument('--sides', type=int, nargs='+', default=[8, 4, 2]); p.add_argument('--images', type=int, default=5000); p.add_argument('--json', required=True, metavar='FILE')
+    p.add_argument('--model', default='pretrained:cifar10-cpu'); p.add_argument('--sides', type=int, nargs='+', help='of patches, in pixels: divisors of the one it was trained on (default: that one, its half and its quarter)'); p.add_argument('--images', type=int, default=5000); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args(); model, rows = load(a.model), []; every = images(model.recipe.data.name, 'train', image=model.recipe.data.image)
     both = stratified_subset(every.labels, 2 * a.images, 1234)[torch.randperm(2 * a.images, generator=torch.Generator().manual_seed(0))]
     some, held = (every.subset(i) for i in both.split(a.images))
     raw = judged([(pixels(some), pixels(held))], some, held)
     for arm, net in (('hjepa', model), ('untrained', untrained(model.recipe))):
-        for side in a.sides:
+        for side in a.sides or [model.recipe.encoder.patch // k for k in (1, 2, 4) if model.recipe.encoder.patch // k > 1]:
             net.recipe = recipe(net.recipe, **{'encoder.read': side})
             both = [features(net, s, dict(levels=['mean']))['levels']['mean'] for s in (some, held)]
             rows.append(dict(arm=arm, read=side, tokens=(model.recipe.data.image // side)**2, **judged([*zip(*both)], some, held)))

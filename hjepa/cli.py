@@ -88,8 +88,8 @@ def train(args):
     print(f"{'finished' if run.finished else 'stopped'}: {f['images_seen']:,} images in {f['train_seconds']:.0f} s, {f['images_per_second']:,.0f} a second; {run.path}", flush=True)
     if not run.finished: say_json(args, f); return 130
     if run.resumed_at == f['steps']: print(f'That run had been finished before, so it is only judged again; --fresh trains a new one.', flush=True)
-    if not args.no_report: judge(args, run.model, untrained(run.model.recipe), data, r.data.labelled, run.path, run.path, f)
-    else: say_json(args, f)
+    if not args.no_report: return judge(args, run.model, untrained(run.model.recipe), data, r.data.labelled, run.path, run.path, f)
+    say_json(args, f)
 
 # %% ../nbs/91_cli.ipynb #db9350e1
 def judge(args, model, twin, data, labelled, folder, out, run=None):

@@ -119,7 +119,7 @@ def one_run(arm:str, r, folder:Path, images:Images, final:bool) -> dict|None: # 
     "Train and judge, or go on with it."
     run = fit(r, data=images.training(r), out=folder, live=False)
     if not run.finished: return None
-    (some, on), f, twin = images.judging(r, final), run.facts, build(r).to(run.model.encoder.norm.weight.device)
+    (some, on), f, twin = images.judging(r, final), run.facts, build(r).to(next(run.model.parameters()).device)
     scores = judge(features_of(run.model, twin, some, on), some.labels, on.labels)
     row = dict(arm=arm, seed=r.seed, steps=f['steps'], images=f['images_seen'], seconds=f['train_seconds'], flops=f['flops_per_image'] * f['images_seen'], device=f['device'], commit=f['commit'] or '')
     for p, h in headline(scores).items():

@@ -73,7 +73,7 @@ def accelerator(device:str|None) -> Accelerator:
     return a
 
 # %% ../nbs/61_train.ipynb #b5df2033
-FREE = {'train.device', 'train.log', 'train.save', 'train.monitor', 'train.tensorboard', 'data.labelled', 'data.workers', 'name'}
+FREE = {'train.device', 'train.precision', 'train.log', 'train.save', 'train.monitor', 'train.tensorboard', 'data.labelled', 'data.workers', 'name'}
 
 def same_recipe(a:Recipe, b:Recipe, where):
     "Raise unless two recipes lead to the same weights."
@@ -218,16 +218,16 @@ def update(self:Trainer, images, step:int) -> dict: # losses, as tensors on the 
 @patch
 def rehearse(self:Trainer, warm=5, timed=20) -> float: # seconds a step
     "Time some steps and put everything back."
-    before, self.steps = {k: v.clone() for k, v in self.model.state_dict().items()}, 1000
-    ends, e = [], self.r.encoder
-    for s, x in enumerate(self.loader.run(0, warm + timed)): self.update(x, max(s, (s - warm) * self.steps // timed) if e.large_first else s); self.sync(); ends.append(time.perf_counter())
+    before, self.steps, ends, e = {k: v.clone() for k, v in self.model.state_dict().items()}, 1000, [], self.r.encoder
+    warm *= max(1, len(e.patches)); at = lambda s: max(1, (s - warm) * self.steps // timed if s >= warm else s * self.steps // warm) if s and e.large_first else s     # every size is met before the clock counts
+    for s, x in enumerate(self.loader.run(0, warm + timed)): self.update(x, at(s)); self.sync(); ends.append(time.perf_counter())
     self.model.load_state_dict(before); self.opt = optimizer(self.model, self.r.optim)
     return (statistics.mean if e.patches else statistics.median)(b - a for a, b in zip(ends[warm-1:], ends[warm:]))      # patches of several sizes: steps of several lengths
 
 @patch
 def sync(self:Trainer):
     "Wait for the device, before a clock is read."
-    if self.device.type == 'cuda': torch.cuda.synchronize()
+    if self.device.type != 'cpu': getattr(torch, self.device.type).synchronize()
 
 @patch
 def plan(self:Trainer):
@@ -246,7 +246,7 @@ def save(self:Trainer):
     names = {p: n for n, p in self.model.named_parameters()}
     state = {f'model.{k}': v for k, v in self.model.state_dict().items()}
     for p, s in self.opt.state.items(): state |= {f'opt.{names[p]}.{k}': torch.as_tensor(v) for k, v in s.items()}
-    facts = dict(step=str(self.step), steps=str(self.steps), seconds=str(self.seconds), data=self.data)
+    facts = dict(step=str(self.step), steps=str(self.steps), seconds=str(self.seconds), data=self.data, precision=self.facts['precision'])
     write_rows(self.out / 'history.csv', self.rows)
     if self.monitor: write_rows(self.out / 'monitor.csv', self.monitor.rows)
     with settled(self.opt): self.model.save(self.out / 'model.safetensors', **facts)
@@ -257,12 +257,12 @@ def save(self:Trainer):
 @patch
 def restore(self:Trainer) -> bool: # True if there was something to go on from
     "Go on from the run directory's state."
-    path = self.out / 'state.safetensors'
-    if not path.exists(): return False
+    if not (path := self.out / 'state.safetensors').exists(): return False
     try: state, meta = read_tensors(path)
     except HJEPAError: raise HJEPAError(f"{path} is cut short or not ours, so the run cannot go on: start over with fresh=True (--fresh on the command line), which sets the old folder aside.") from None
     same_recipe(self.r, from_yaml(meta['recipe']), self.out)
     if (had := meta.get('data', self.data)) != self.data: raise HJEPAError(f"{self.out} holds a run on {had}, and these are {self.data}: bring the same, choose another folder, or start over with fresh=True (--fresh on the command line).")
+    if (had := meta.get('precision', now := self.facts['precision'])) != now and meta['step'] != meta['steps']: raise HJEPAError(f"{self.out} holds an unfinished run in {had}, and here it would go on in {now}: set train.precision={had}, or start over with fresh=True (--fresh on the command line).")
     self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith('model.')})
     for n, p in self.model.named_parameters():
         s = {k.rpartition('.')[2]: v for k, v in state.items() if k.startswith(f'opt.{n}.') and k.count('.') == n.count('.') + 2}

@@ -9,7 +9,7 @@ from hjepa.config import HJEPAError
 from hjepa.data.sets import ImageSet
 from hjepa.model import HJEPA, build, load
 from hjepa.monitor import Dashboard
-from hjepa.train import Trainer, fit, read_rows
+from hjepa.train import native_bf16, Trainer, fit, read_rows
 from tiny import ENV, ROOT, images, losses, same, tiny, weights
 
 X = images()
@@ -186,6 +186,13 @@ def test_other_images_in_the_same_folder_are_refused(tmp_path, monkeypatch):
         with pytest.raises(HJEPAError, match=f'holds a run on {says}.*(another folder|fresh)'): go(tmp_path, data=other)
     assert bytes_of(tmp_path) == before and go(tmp_path).finished
     with pytest.raises(HJEPAError, match='holds a run on'): go(tmp_path, data=images(seed=1))       # a finished run is no answer for other images
+
+def test_another_precision_midway_is_refused(tmp_path, monkeypatch):
+    interrupt(monkeypatch, 3); assert not go(tmp_path, train__precision='fp32').finished
+    monkeypatch.undo()
+    with pytest.raises(HJEPAError, match='unfinished run in fp32.*in bf16: set train.precision=fp32'): go(tmp_path, train__precision='bf16')
+    assert go(tmp_path, train__precision='auto' if not native_bf16(torch.device('cpu')) else 'fp32').finished
+    assert go(tmp_path, train__precision='bf16').finished                             # what is finished is only read
 
 @pytest.mark.parametrize('share', [0, 7, .5, .99])
 @pytest.mark.parametrize('name', ['state', 'model'])

@@ -59,7 +59,7 @@ def table():
 def span(r, lo=None, hi=None):
     "A ratio and its range."
     if isinstance(r, dict): r, lo, hi = r['ratio'], *r.get('ratio_range', (r.get('lo'), r.get('hi')))
-    return f'{r:.2f} ({lo:.2f} to {hi:.2f})'
+    return f'{r:.{3 if r < round(r, 2) == round(r) else 2}f} ({lo:.2f} to {hi:.2f})'   # 1.996 is not 2
 
 def latency(row):
     ours, theirs = row['sides'].values(); return f"{ours['ms']:.0f} ms, timm {theirs['ms']:.0f} ms"

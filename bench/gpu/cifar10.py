@@ -10,8 +10,9 @@ them and read the test split. Try it anywhere, without data, with --tiny.
 """
 import argparse, json, os, shutil, signal, sys, threading, time
 from pathlib import Path
-import torch, yaml
+import torch
 from hjepa.bench import machine, one_level
+from hjepa.cli import overrides
 from hjepa.config import HJEPAError, recipe
 from hjepa.data.sets import load
 from hjepa.evaluate.card import report
@@ -39,9 +40,7 @@ def options():
 
 def the_recipe(a):
     "The recipe with this command's changes; the same words must be given every time."
-    bad = [w for w in a.change if '=' not in w]
-    if bad: raise HJEPAError(f"'{bad[0]}' is not key=value: write for example optim.lr=1e-3.")
-    kw = {k: yaml.safe_load(v) for k, _, v in (w.partition('=') for w in a.change)}
+    kw = overrides(a.change)
     if a.train_minutes: kw['minutes'] = a.train_minutes
     if a.tiny: kw = {'data.name': 'scenes', 'encoder.depth': 2, 'levels.depths': (1, 1, 2, 2), 'encoder.dim': 48, 'predictor.dim': 48, 'predictor.depth': 1,
                      'predictor.heads': 3, 'whole.hidden': 64, 'batch': 32, 'steps': 40, 'monitor': 2, 'train.log': 10} | kw
