@@ -33,6 +33,11 @@ def refused(capsys, words, *needles): # status 2, one sentence, no traceback
     assert all(n in last for n in needles), last
     return last
 
+def test_what_could_not_be_judged_is_no_success(folder, capsys, monkeypatch):
+    for status in (1, 0):
+        monkeypatch.setattr(cli, 'judge', lambda *a, status=status, **k: status)
+        assert main(capsys, 'train', 'cifar10-cpu', f'data.name=folder:{folder}/pics', *SMALL, '--out', folder/f'run-{status}')[0] == status
+
 # ---- help and arguments
 
 @pytest.mark.parametrize('command', HELPED)
