@@ -158,7 +158,7 @@ def test_large_patches_first(tmp_path):
 def test_a_rehearsal_is_of_all_sizes():
     seen, r = [], tiny(patches=(4, 8, 8, 8), large_first=True); tr = Trainer(r, build(r), images(), None, None); real = tr.model.draw_masks
     tr.model.draw_masks = lambda *a, **k: (lambda m: (seen.append(m.unit), m)[1])(real(*a, **k)); tr.rehearse()
-    assert seen[-25:] == [1]*20 + [0]*5                                             # five to warm up, then three quarters and one
+    assert seen[-40:] == ([1]*15 + [0]*5)*2                                         # once to warm up, once on the clock
 
 def test_targets_of_large_patches_are_levels_of_the_same_image():
     m = build(tiny(patches=(4, 8))).eval(); x = torch.randn(2, 3, 32, 32); t = m.targets(x, unit=1)
