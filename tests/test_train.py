@@ -9,7 +9,7 @@ from hjepa.config import HJEPAError
 from hjepa.data.sets import ImageSet
 from hjepa.model import HJEPA, build, load
 from hjepa.monitor import Dashboard
-from hjepa.train import native_bf16, Trainer, fit, read_rows
+from hjepa.train import Trainer, fit, native_bf16, read_rows
 from tiny import ENV, ROOT, images, losses, same, tiny, weights
 
 X = images()
