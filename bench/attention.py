@@ -1,7 +1,7 @@
 """What does an encoder look at, and is the map right? Deletion on photographs, pointing on procedural scenes, beside the untrained twin.
 
     python bench/attention.py --images 300 --json results/attention_cifar10_cpu.json
-    python bench/attention.py --model runs/demo --other pretrained:cifar10-cpu-long --json FILE
+    python bench/attention.py --model runs/demo --other pretrained:cifar10-cpu-long-20k --json FILE
 
 --model is a run directory, a model.safetensors, pretrained:NAME or timm:NAME. Attentive probes are fitted on --labelled training images
 (of --data: their classes; of scenes: the shape of the main object) and on nothing else; maps are made for --images other ones.
@@ -89,7 +89,7 @@ def pointed(model, twin, n, labelled, seed):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='pretrained:cifar10-cpu-long'); p.add_argument('--other', default='pretrained:cifar10-cpu'); p.add_argument('--data', default='cifar10')
+    p.add_argument('--model', default='pretrained:cifar10-cpu-long-20k'); p.add_argument('--other', default='pretrained:cifar10-cpu'); p.add_argument('--data', default='cifar10')
     p.add_argument('--images', type=int, default=500); p.add_argument('--labelled', type=int, default=5000); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--note', help='where the weights come from, if the name does not say'); p.add_argument('--json', required=True, metavar='FILE')
     a = p.parse_args()

@@ -1,6 +1,6 @@
 """Do all images need all blocks? Early exit by calibrated confidence, fixed exits, random ones and the oracle; FLOPs counted, seconds measured in turns.
 
-    python bench/depth.py --model pretrained:cifar10-cpu-long --model pretrained:cifar10-cpu --json results/depth_cifar10_cpu.json
+    python bench/depth.py --model pretrained:cifar10-cpu-long-20k --model pretrained:cifar10-cpu --json results/depth_cifar10_cpu.json
 
 --model, as often as wanted, is a run directory, a model.safetensors, pretrained:NAME or timm:NAME of a plain ViT. Probes are fitted on four
 fifths of --labelled training images, temperatures and thresholds on the last fifth; the numbers are of all test images, or of --images.
@@ -73,7 +73,7 @@ def main():
     p.add_argument('--model', action='append'); p.add_argument('--data', default='cifar10'); p.add_argument('--note', action='append', help='where the weights come from, one for each model')
     p.add_argument('--images', type=int); p.add_argument('--labelled', type=int, default=5000); p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--seed', type=int, default=0); p.add_argument('--json', required=True, metavar='FILE')
-    a = p.parse_args(); names, t0, out = a.model or ['pretrained:cifar10-cpu-long'], time.perf_counter(), {}
+    a = p.parse_args(); names, t0, out = a.model or ['pretrained:cifar10-cpu-long-20k'], time.perf_counter(), {}
     for name, note in zip(names, a.note or names, strict=True):
         model, twin = model_and_twin(name); size = side_of(model)
         train, test = (load_set(a.data, s, image=size) for s in ('train', 'test'))

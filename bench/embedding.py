@@ -32,7 +32,7 @@ def drawn(n, size):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='pretrained:cifar10-cpu-long'); p.add_argument('--data', default='cifar10')
+    p.add_argument('--model', default='pretrained:cifar10-cpu-long-20k'); p.add_argument('--data', default='cifar10')
     p.add_argument('--images', type=int, default=500); p.add_argument('--thumbs', type=int, default=60, help='images of which a thumbnail is kept')
     p.add_argument('--note', help='where the weights come from, if the name does not say'); p.add_argument('--out', required=True, metavar='NPZ')
     a = p.parse_args()

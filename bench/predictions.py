@@ -49,7 +49,7 @@ def examples(model, images, b, seed):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='pretrained:cifar10-cpu-long'); p.add_argument('--data', default='cifar10'); p.add_argument('--bank', type=int, default=2000)
+    p.add_argument('--model', default='pretrained:cifar10-cpu-long-20k'); p.add_argument('--data', default='cifar10'); p.add_argument('--bank', type=int, default=2000)
     p.add_argument('--images', type=int, default=2000); p.add_argument('--draws', type=int, default=2, help='masks an image for retrieval'); p.add_argument('--maps', type=int, default=96, help='masks an image for error maps')
     p.add_argument('--candidates', type=int, default=100); p.add_argument('--note', help='where the weights come from, if the name does not say')
     p.add_argument('--seed', type=int, default=0); p.add_argument('--json', required=True, metavar='FILE')
