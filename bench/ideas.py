@@ -134,7 +134,7 @@ def main():
         base, other, first = Step(r, precision='bf16' if name in HALF else 'fp32'), Step(change(r, **CHANGED.get(name, {})), precision='bf16' if name in HALF or name == 'bf16' else 'fp32', compile=name == 'compiled'), 0.
         if do := (SAME | HALF).get(name): do(other)
         piece = next(base.pieces()); base.model.calibrate([piece]); other.model.calibrate([piece])
-        if name not in CHANGED: first = abs(float(base.loss(*piece).detach() - other.loss(*piece).detach())); [c.clear() for s in (base, other) for c in s.model.chance]
+        if name not in CHANGED: first = abs(float(base.loss(*piece).detach() - other.loss(*piece).detach())); [c.seen.clear() for s in (base, other) for c in s.model.chance]
         start = timed(other, 2, 'cpu'); timed(base, 2, 'cpu'); times = ([], [])
         for _ in range(a.rounds):
             times[0].append(timed(base, a.steps, 'cpu'))

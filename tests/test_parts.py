@@ -80,6 +80,16 @@ def test_chance_starts_anew_where_large_patches_give_way():
     c.level.fill_(99.); c.mean.fill_(99.)                          # what was known of the patches when nothing was trained
     x, = tr.loader.run(10, 11); tr.update(x, 10); assert c.ready and c.level < 1 and c.mean.abs().max() < 10
 
+def test_chance_asks_whether_it_is_set_of_what_was_loaded():
+    from hjepa.losses.prediction import Chance
+    t, used, fresh = torch.randn(8, 4, 6), Chance(4, 6), Chance(4, 6).state_dict()
+    used.observe(t); used.commit(); mean = used.mean.clone(); used.observe(t + 1); assert torch.equal(used.mean, mean)    # set once
+    used.load_state_dict(fresh); used.observe(t + 5); torch.testing.assert_close(used.mean, (t + 5).mean(0))              # loaded unset: the next batch sets it
+    again = Chance(4, 6); again.load_state_dict(used.state_dict()); again.observe(t); assert torch.equal(again.mean, used.mean)
+    class Asked(torch.Tensor):
+        def __bool__(self): raise AssertionError('asked the device')
+    used.ready = used.ready.as_subclass(Asked); used.observe(t)
+
 def test_a_level_without_a_question_has_no_share():
     m = build(tiny(**{'masks.hidden': (6, 0), 'whole.kind': 'none', 'views.count': 1, 'prediction.weight': 1.})); x = torch.randn(1, 8, 3, 32, 32)
     out = m(x, m.draw_masks(8, torch.Generator().manual_seed(0))); assert out['level_1'] == 0 and out['loss'] == out['level_0']

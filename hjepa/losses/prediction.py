@@ -34,15 +34,15 @@ class Chance(nn.Module):
     def __init__(self, n:int, dim:int, kind:str='smooth_l1', momentum:float=.99, floor:float=.01, forget=False):
         super().__init__()
         self.kind, self.momentum, self.floor, self.forget = kind, momentum, floor, forget   # forget: a step without targets ends what is known, and the next batch that comes sets the averages
-        self.register_buffer('mean', torch.zeros(n, dim))
-        self.register_buffer('level', torch.zeros(()))
+        self.register_buffer('mean', torch.zeros(n, dim)); self.register_buffer('level', torch.zeros(()))
         self.register_buffer('ready', torch.zeros((), dtype=torch.bool))
-        self.clear()
-    def clear(self): self.seen = []
+        self.seen, self.known = [], False                          # known: `ready` is set, as was seen once; to read it in every step would make a GPU wait
+    def _load_from_state_dict(self, *args): super()._load_from_state_dict(*args); self.known = False
     @torch.no_grad()
     def observe(self, t:Tensor): # (B,N,D) all targets of the level
         "Note a batch of targets; the first one ever sets the averages, unless `calibrate` has."
-        if not self.ready: self.calibrate([t])
+        if not (self.known or self.ready): self.calibrate([t])
+        self.known = True
         self.seen.append((t.mean(0), distance(self.mean.expand_as(t), t, self.kind).mean()))
     @torch.no_grad()
     def calibrate(self, batches:list): # of (B,N,D)
@@ -54,10 +54,10 @@ class Chance(nn.Module):
     @torch.no_grad()
     def commit(self):
         "Once per optimizer step: move the averages by what was noted."
-        if self.forget and not self.seen: self.ready.fill_(False)
+        if self.forget and not self.seen: self.ready.fill_(False); self.known = False
         for old, new in zip((self.mean, self.level), zip(*self.seen)):
             old.lerp_(all_mean(torch.stack(list(new)).mean(0)), 1 - self.momentum)
-        self.clear()
+        self.seen = []
     def relative(self, loss:Tensor) -> Tensor:
         "A loss as a share of chance."
         return loss / self.level.clamp(min=self.floor)
