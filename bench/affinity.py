@@ -2,7 +2,7 @@
 
     hjepa train cifar10-cpu data.name=scenes steps=1800 --out runs/scenes --no-report
     python bench/affinity.py runs/scenes --data scenes --control runs/control-scenes.safetensors --json results/affinity_scenes.json
-    python bench/affinity.py pretrained:cifar10-cpu-long-20k --data cifar10 --control runs/control-cifar10.safetensors --json results/affinity_cifar10.json
+    python bench/affinity.py pretrained:cifar10-cpu-long-20k --data cifar10 --control runs/control-20k.safetensors --json results/affinity_cifar10.json
 
 MODEL and --control are as in consistency.py. Probes learn from --labelled of --pool training images.
 """

@@ -1,6 +1,6 @@
 """Do the levels of an encoder form a hierarchy? Every number of hjepa.analyze.consistency, beside all controls.
 
-    python bench/consistency.py pretrained:cifar10-cpu-long-20k --control runs/control-cifar10.safetensors --json results/consistency_cifar10.json
+    python bench/consistency.py pretrained:cifar10-cpu-long-20k --control runs/control-20k.safetensors --json results/consistency_cifar10.json
     hjepa train cifar10-cpu data.name=scenes steps=1800 --out runs/scenes --no-report
     python bench/consistency.py runs/scenes --data scenes --control runs/control-scenes.safetensors --json results/consistency_scenes.json
 

@@ -188,9 +188,9 @@ def controls(images:Tensor, grid:tuple) -> dict: # uint8 (N,3,H,W) -> {name: (N,
     h, w = grid
     y, x = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in grid]
     centre = -(y[:, None].square() + x.square()).expand(len(images), h, w)
-    f = images.float().mean(1, keepdim=True)
-    pool = lambda t: F.adaptive_avg_pool2d(t, grid)[:, 0]
-    return dict(centre=centre, contrast=(pool(f.square()) - pool(f).square()).clamp_min(0).sqrt())
+    f = images.float().mean(1, keepdim=True); colour = F.adaptive_avg_pool2d(images.float(), grid)
+    pool = lambda t: F.adaptive_avg_pool2d(t, grid)[:, 0]; odd = (colour - colour.mean((2, 3), keepdim=True)).norm(dim=1)
+    return {'centre': centre, 'contrast': (pool(f.square()) - pool(f).square()).clamp_min(0).sqrt(), 'odd colour': odd * (2*centre).exp()}
 
 @torch.no_grad()
 def occlusion(judge, images:Tensor, grid:tuple, fill:Tensor) -> Tensor: # as in deletion() -> (N,h,w)
@@ -225,7 +225,7 @@ def forest(ax, table:dict, key:str, names, scale=1., zero=None): # {arm: {map: {
 def plot_games(result:dict): # what bench/attention.py writes -> a figure
     "Both games, trained beside untrained beside players that need no training; 95 % intervals over images."
     games = (('deletion', 'gain', 'Deletion: points of probability\ngained on random order'), ('pointing', 'hit', 'Pointing: share of the warmest\ncell on the object, %'))
-    fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.8))
+    fig, axes = plt.subplots(1, 2, figsize=(6.8, 3.8))
     for ax, (game, key, label) in zip(axes, games):
         maps = result[game]['maps']; names = [*dict.fromkeys((*(n for n in maps['hjepa'] if 'head' not in n), *maps['control']))]
         forest(ax, maps, key, names, 100, 0 if game == 'deletion' else None); ax.set_xlabel(label)
