@@ -11,7 +11,7 @@ import argparse, json, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from hjepa.analyze.attention import (area, attentive_head, cells_at, controls, deletion, interval, mean_tokens, network_maps, occlusion, others,
+from hjepa.analyze.attention import (Colours, area, attentive_head, cells_at, controls, deletion, interval, mean_tokens, network_maps, occlusion, others,
                                      patch_grid, pointing, similarity)
 from hjepa.bench import machine
 from hjepa.config import HJEPAError
@@ -52,12 +52,8 @@ def deleted(model, twin, other, data, n, labelled, seed):
         out = {a: {k: dict(area=interval(v), gain=interval(rand - v)) for k, v in d.items()} for a, d in areas.items()}
         for k, v in areas['hjepa'].items(): out['hjepa'][k]['minus_untrained'] = interval(areas['untrained'][k] - v)
         return dict(probe_accuracy=round(float((judge(x).argmax(1) == test.labels).float().mean()), 4), random=interval(rand), maps=out)
-    some = {a: {k: v for k, v in d.items() if k in ('rollout', 'probe', 'centre', 'contrast')} for a, d in maps.items()}
+    some = {a: {k: v for k, v in d.items() if k in ('rollout', 'probe', 'centre', 'contrast', 'odd colour')} for a, d in maps.items()}
     return dict(data=data, images=len(x), labelled=len(train), **judged(judges['hjepa'], maps), other_judges={a: judged(judges[a], some) for a in ('untrained', 'other')})
-
-class Colours: # an "encoder" whose token is the mean colour of its cell
-    def __init__(self, grids): self.grids = grids
-    def levels(self, x): return [F.adaptive_avg_pool2d(x.float() / 255, tuple(g)).flatten(2).mT for g in self.grids]
 
 def pointed(model, twin, n, labelled, seed):
     "Pointing on exact masks; also with the cell most like the one under the middle of the object, and with each block's and head's mean map, the same for every image."
