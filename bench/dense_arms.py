@@ -15,7 +15,7 @@ import argparse, json, sys
 from pathlib import Path
 from hjepa.bench import machine
 from hjepa.config import HJEPAError, change
-from hjepa.evaluate.dense import Patches, at_size, average_precision, dense_scenes, detect, miou, segmenters, tallies, train_detector
+from hjepa.evaluate.dense import Patches, at_size, average_precision, dense_scenes, detect, iou, miou, segmenters, tallies, train_detector
 from hjepa.files import write
 from hjepa.model import build, load, untrained
 
@@ -30,11 +30,11 @@ def read_so(model, r): # of curves.py, recipe -> HJEPA
     "The same blocks, read as another recipe says."
     out = build(r).eval(); out.target.load_state_dict(model.target.state_dict()); return out
 
-def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, the input it was read from, and that of every input
+def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, that of every class and the input it was read from, and that of every input
     heads = segmenters(model, False, train, seed=seed); n, out = tallies(model, False, heads, test), {}
     for p in ('linear', 'knn'):
         k = max((k for k in heads if k[0] == p), key=lambda k: heads[k].val)
-        out[p] = dict(miou=float(miou(n[k].sum(0))), input=k[1], by_input={q[1]: float(miou(n[q].sum(0))) for q in heads if q[0] == p})
+        out[p] = dict(miou=float(miou(n[k].sum(0))), classes=dict(zip(test.classes, iou(n[k].sum(0)).tolist())), input=k[1], by_input={q[1]: float(miou(n[q].sum(0))) for q in heads if q[0] == p})
     return out
 
 def main():
