@@ -35,7 +35,7 @@ class Flat(HJEPA):
         return sample_masks(P, B, only(P.sizes[u] - like.context.shape[1]) if self.singly else m.hidden, only(sum(t.shape[1] for t in like.targets)), generator=generator, device=device, unit=u)
 
 class Whole(Flat):
-    "Between the two: hidden are whole cells, as in the hierarchy, and asked are patches, as in its flat twin."
+    "Between the two: hidden are whole cells, as in the hierarchy; asked are patches, of the last block, as in its flat twin."
     singly = False
 
 def flat(r): return change(r, **{'levels.depths': (r.encoder.depth,) * len(r.levels.depths)}) if r.encoder.patches else one_level(r)
@@ -47,7 +47,7 @@ def large(r): # patches of the larger size from first to last, read through the 
 
 def arms(r): # name -> recipe
     last = change(r, **{'levels.depths': (r.encoder.depth,) * len(r.levels.depths)})
-    return {'hierarchy': r, 'last block': last, 'last block, patches asked': last, 'one level': flat(r), 'views alone': change(r, **{'prediction.weight': 0.}), **({'large patches alone': large(r)} if r.encoder.patches else {}),
+    return {'hierarchy': r, 'last block': last, 'patches asked': last, 'one level': flat(r), 'views alone': change(r, **{'prediction.weight': 0.}), **({'large patches alone': large(r)} if r.encoder.patches else {}),
             'hierarchy, VICReg': change(r, **{'whole.kind': 'vicreg', 'whole.args': {}}),
             **{name: peer(key, r) for name, key in {'I-JEPA': 'ijepa', 'MAE': 'mae', 'LeJEPA': 'lejepa', 'VICReg alone': 'vicreg'}.items()}}
 
@@ -69,7 +69,7 @@ class Looks(Monitor):
         model.train(training); return []
 
 def make(k, r): # as hjepa.model.build
-    cls = Whole if k == 'last block, patches asked' else Flat if k == 'one level' and r.encoder.patches else None
+    cls = Whole if k == 'patches asked' else Flat if k == 'one level' and r.encoder.patches else None
     if not cls: return build(r)
     with torch.random.fork_rng(devices=[]): torch.manual_seed(r.seed); return cls(r)
 

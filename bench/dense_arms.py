@@ -8,14 +8,16 @@ Heads see 300 labelled scenes, 200 others judge: mean intersection over union of
 the input (a level, or all of them) that does best on a held-out tenth of the 300; and AP of boxes and masks of objects by a Mask R-CNN on
 the native levels, or, where there is one level, on that one pooled. The hierarchy's levels also read an early block, which its twin's do not: so every
 trained encoder is read in three ways more, or the hierarchy in two (segmentation only): a block a scale, which is how the hierarchy reads its own;
-all these blocks at one scale; the last block at all scales. With two levels all three are equally wide. What is done is kept in --runs, so that a stopped command goes on.
+all these blocks at one scale; the last block at all scales. With two levels all three are equally wide. Sky is above and ground below, so a map that knows
+the place and nothing of the image is a control, and each encoder is read once more by heads that are told the place. What is done is kept in --runs, so that a stopped command goes on.
 The first of --arms says which levels and blocks are read, and stands as the untrained network.
 """
 import argparse, json, sys
 from pathlib import Path
+import torch
 from hjepa.bench import machine
 from hjepa.config import HJEPAError, change
-from hjepa.evaluate.dense import Patches, at_size, average_precision, dense_scenes, detect, iou, miou, segmenters, tallies, train_detector
+from hjepa.evaluate.dense import Patches, Places, at_size, average_precision, dense_scenes, detect, iou, miou, segmenters, tallies, train_detector
 from hjepa.files import write
 from hjepa.model import build, load, untrained
 
@@ -29,6 +31,11 @@ def readings(r): # recipe of the hierarchy -> name -> recipe
 def read_so(model, r): # of curves.py, recipe -> HJEPA
     "The same blocks, read as another recipe says."
     out = build(r).eval(); out.target.load_state_dict(model.target.state_dict()); return out
+
+class Told:
+    "An encoder's cells, each with its place beside its features."
+    def __init__(self, model, size): self.model, self.place, self.grids, self.pyramid = model, Places(model, size), model.grids, model.pyramid
+    def levels(self, x, pooled=False): return [torch.cat((z.float().cpu(), p), 2) for z, p in zip(self.model.levels(x, pooled=pooled), self.place.levels(x))]
 
 def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, that of every class and the input it was read from, and that of every input
     heads = segmenters(model, False, train, seed=seed); n, out = tallies(model, False, heads, test), {}
@@ -55,9 +62,10 @@ def main():
         print(arm, seed, f"mIoU {100*r['linear']['miou']:.1f} ({r['linear']['input']}) and {100*r['knn']['miou']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
     for seed in a.seeds:
         for arm in a.arms:
-            model = load(root / f"{arm.replace(' ', '-')}-{seed}").eval(); judge(arm, seed, at_size(model, a.size))
+            model = load(root / f"{arm.replace(' ', '-')}-{seed}").eval(); ours = at_size(model, a.size); judge(arm, seed, ours); judge(f'{arm}, told the place', seed, Told(ours, a.size), False)
             if arm == a.arms[0]:
-                ways = readings(model.recipe); judge('untrained', seed, at_size(untrained(model.recipe), a.size)); judge('raw pixels', seed, Patches(at_size(model, a.size), a.size))
+                ways, none = readings(model.recipe), at_size(untrained(model.recipe), a.size); judge('untrained', seed, none); judge('untrained, told the place', seed, Told(none, a.size), False)
+                judge('raw pixels', seed, Patches(ours, a.size)); judge('place alone', seed, Places(ours, a.size), False)
             for way, r in ways.items():
                 if model.recipe.levels != r.levels: judge(f'{arm}, {way}', seed, at_size(read_so(model, r), a.size), False)
     if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')

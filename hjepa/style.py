@@ -20,7 +20,7 @@ def level_colors(
     return [mpl.colormaps['viridis'](.05 + .8 * l / max(n - 1, 3)) for l in range(n)]
 
 arm_colors = dict( # the model, its controls
-    hjepa='#c2410c', pooled_l0='#1f9bd9', untrained='#5b616e', pixels='#b8bec9', supervised='#1e3fae')
+    hjepa='#c2410c', pooled_l0='#1f9bd9', untrained='#5b616e', pixels='#b8bec9', supervised='#1e3fae', place='#eab308')
 
 # %% ../nbs/01_style.ipynb #2e53512b
 look = {'figure.dpi': 110, 'savefig.dpi': 110, 'figure.constrained_layout.use': True, 'figure.figsize': (5, 3), 'font.size': 9,

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'VOC', 'OVERLAPS', 'RECALLS', 'Each', 'DenseSet', 'dense_scenes', 'ade20k', 'voc', 'pets', 'coco', 'at_size',
-           'covers', 'spread', 'Patches', 'dense_arms', 'inputs', 'gathered', 'labelled', 'shares', 'cell_rows',
-           'fit_cells', 'linear_head', 'knn_head', 'tally', 'iou', 'miou', 'draws', 'interval', 'Segmenter', 'tallies',
-           'segmenters', 'segmentation', 'strides', 'Neck', 'detector', 'train_detector', 'detect', 'matches',
-           'precision', 'average_precision', 'detection', 'plot_bars', 'plot_segmentation', 'plot_detection',
-           'plot_found', 'paint', 'plot_answers']
+           'covers', 'spread', 'Patches', 'Places', 'dense_arms', 'inputs', 'gathered', 'labelled', 'shares',
+           'cell_rows', 'fit_cells', 'linear_head', 'knn_head', 'tally', 'iou', 'miou', 'draws', 'interval',
+           'Segmenter', 'tallies', 'segmenters', 'segmentation', 'strides', 'Neck', 'detector', 'train_detector',
+           'detect', 'matches', 'precision', 'average_precision', 'detection', 'plot_bars', 'plot_segmentation',
+           'plot_detection', 'plot_found', 'paint', 'plot_answers']
 
 # %% ../../nbs/evaluate/56_dense.ipynb #56000002
 import contextlib, copy, io, json
@@ -210,9 +210,18 @@ class Patches:
         t = patchify(x if x.shape[-1] == s else F.interpolate(x, (s, s), mode='bilinear', antialias=True), self.p).mT.unflatten(2, self.grids[0])
         return [F.adaptive_avg_pool2d(t[..., :n, :n], g).flatten(2).mT for n, g in zip(self.take, self.grids)]
 
+class Places:
+    "The control: where each cell of a model's levels is, as products of cosines along rows and columns."
+    def __init__(self, model, size:int, waves:int=4): # of at_size(); S; half-waves across the picture, at most
+        self.grids, self.pyramid, self.places = model.grids, getattr(model, 'pyramid', None), []
+        for (h, w), n in zip(self.grids, covers(model, size)):
+            down, along = (((torch.arange(k) + .5) / k * n / size)[:, None].mul(torch.pi*torch.arange(waves + 1)).cos() for k in (h, w))
+            self.places.append((down[:, None, :, None]*along[None, :, None, :]).flatten(0, 1).flatten(1)[:, 1:])     # without the constant
+    def levels(self, x, pooled=False): return [p.expand(len(x), -1, -1) for p in self.places] # (B,3,S,S) -> per level (B,N_l,24)
+
 def dense_arms(model, twin, size:int) -> dict: # of at_size() -> {arm: (encoder, pooled)}
     "The model and its controls."
-    return dict(hjepa=(model, False), untrained=(twin, False), pooled_l0=(model, True), pixels=(Patches(model, size), False))
+    return dict(hjepa=(model, False), untrained=(twin, False), pooled_l0=(model, True), pixels=(Patches(model, size), False), place=(Places(model, size), False))
 
 def inputs(model) -> dict: # name: levels
     "What a pixel's class may be read from: each level alone, and all of them, one above the other."
