@@ -65,7 +65,7 @@ def main():
             model = load(root / f"{arm.replace(' ', '-')}-{seed}").eval(); ours = at_size(model, a.size); judge(arm, seed, ours); judge(f'{arm}, told the place', seed, Told(ours, a.size), False)
             if arm == a.arms[0]:
                 ways, none = readings(model.recipe), at_size(untrained(model.recipe), a.size); judge('untrained', seed, none); judge('untrained, told the place', seed, Told(none, a.size), False)
-                judge('raw pixels', seed, Patches(ours, a.size)); judge('place alone', seed, Places(ours, a.size), False)
+                judge('raw pixels', seed, Patches(ours, a.size)); judge('place alone', seed, Places(ours, a.size))
             for way, r in ways.items():
                 if model.recipe.levels != r.levels: judge(f'{arm}, {way}', seed, at_size(read_so(model, r), a.size), False)
     if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')

@@ -587,12 +587,12 @@ def detection(
     times:int=300,                 # draws of test images
     progress:bool=False,
 ) -> tuple: # what JSON can hold; {(arm, neck): answers of detect()} for pictures
-    "Mask R-CNN on native levels and on level 0 pooled, for the model, its twin and raw pixels."
+    "Mask R-CNN on native levels and on level 0 pooled, for the model and its twin, and on raw pixels and the place."
     if train.things != test.things or train.size != test.size: raise HJEPAError(f'{train.name} and {test.name} differ in kinds of object or in size: draw both from one set.')
     _has_objects(test); size, k, true = test.size, len(test.things), [_object(test, i) for i in range(len(test))]
     if not any((o['iscrowd'] == 0).any() for o in true): raise HJEPAError(f'No image of {test.name} has an object: give others.')
     arms = dense_arms(at_size(model, size), at_size(twin, size), size)
-    todo = [(a, n) for a in ('hjepa', 'untrained') for n in ('native', 'simple')] + [('pixels', 'simple')]
+    todo = [(a, n) for a in ('hjepa', 'untrained') for n in ('native', 'simple')] + [('pixels', 'simple'), ('place', 'simple')]
     w, found, again = draws(len(test), times, seed).numpy(), {}, {}
     out = dict(protocol='Mask R-CNN on a frozen encoder, AP over ten overlaps; intervals over test images, one training of the heads', data=test.name, size=size, train=len(train), test=len(test),
                things=list(test.things), strides=strides(arms['hjepa'][0], size), seed=seed, steps=steps, batch=batch, width=width, scores=defaultdict(dict))
@@ -603,7 +603,7 @@ def detection(
             m = matches(found[a, n], true, size, k, kind)
             again[what, a, n] = np.array([precision(m, v).mean() for v in w]); s[what] |= interval(again[what, a, n])
     less = lambda what, p, q: dict(diff=out['scores'][p[0]][p[1]][what]['ap'] - out['scores'][q[0]][q[1]][what]['ap'], **interval(again[(what, *p)] - again[(what, *q)]))
-    pairs = {'native - simple': (todo[0], todo[1]), 'native - untrained native': (todo[0], todo[2]), 'simple - untrained simple': (todo[1], todo[3]), 'native - pixels': (todo[0], todo[4])}
+    pairs = {'native - simple': (todo[0], todo[1]), 'native - untrained native': (todo[0], todo[2]), 'simple - untrained simple': (todo[1], todo[3]), 'native - pixels': (todo[0], todo[4]), 'native - place': (todo[0], todo[5])}
     return out | dict(scores=dict(out['scores']), differences={what: {d: less(what, *pq) for d, pq in pairs.items()} for what in ('box', 'mask')}), found
 
 # %% ../../nbs/evaluate/56_dense.ipynb #56000034
