@@ -47,13 +47,13 @@ def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, that o
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--runs', required=True, metavar='DIR', help='the --state of curves.py'); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--arms', nargs='+', default=['hierarchy', 'one level', 'MAE'], help='of curves.py, in this order')
+    p.add_argument('--arms', nargs='+', default=['hierarchy', 'one level', 'MAE'], help='of curves.py, in this order; or pretrained:NAME, whose seed is its own')
     p.add_argument('--train', type=int, default=300); p.add_argument('--test', type=int, default=200); p.add_argument('--size', type=int, default=64, help='pixels'); p.add_argument('--detector-steps', type=int, default=200, help='0: no detection')
     p.add_argument('--json', metavar='FILE')
     a = p.parse_args(); root, facts, rows = Path(a.runs), machine('cpu'), []
     train, test = dense_scenes(a.train, a.size, 0, kinds=False), dense_scenes(a.test, a.size, 1, kinds=False)
     def judge(arm, seed, model, find=True):
-        file = root / f"dense-{arm.replace(' ', '-')}-{seed}.json"
+        root.mkdir(parents=True, exist_ok=True); file = root / f"dense-{arm.replace(' ', '-').replace(':', '-')}-{seed}.json"
         if not file.exists():
             r = segmented(model, train, test, seed)
             if a.detector_steps and find: r |= average_precision(detect(train_detector(model, train, len(model.grids) > 2, a.detector_steps, seed=seed), test), test.objects)  # the last grid is the whole image
@@ -62,7 +62,7 @@ def main():
         print(arm, seed, f"mIoU {100*r['linear']['miou']:.1f} ({r['linear']['input']}) and {100*r['knn']['miou']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
     for seed in a.seeds:
         for arm in a.arms:
-            model = load(root / f"{arm.replace(' ', '-')}-{seed}").eval(); ours = at_size(model, a.size); judge(arm, seed, ours); judge(f'{arm}, told the place', seed, Told(ours, a.size), False)
+            model = load(arm if ':' in arm else root / f"{arm.replace(' ', '-')}-{seed}").eval(); ours = at_size(model, a.size); judge(arm, seed, ours); judge(f'{arm}, told the place', seed, Told(ours, a.size), False)
             if arm == a.arms[0]:
                 ways, none = readings(model.recipe), at_size(untrained(model.recipe), a.size); judge('untrained', seed, none); judge('untrained, told the place', seed, Told(none, a.size), False)
                 judge('raw pixels', seed, Patches(ours, a.size)); judge('place alone', seed, Places(ours, a.size))
