@@ -28,15 +28,10 @@ PROBES = dict(linear=linear_probe, knn=knn_probe)
 
 class Flat(HJEPA):
     "The flat twin where a run has several sizes of patches: in every step its patches, and nothing larger, are hidden and asked, as many of them as the hierarchy hides, and asks in all."
-    singly = True
     def draw_masks(self, B, generator=None, device=None, progress=None):
-        like, P, m = super().draw_masks(1, torch.Generator() if self.recipe.encoder.large_first else generator, None, progress), self.pyramid, self.recipe.masks; u = like.unit
-        only = lambda n: [n if l == u else 0 for l in range(len(P.cells))]
-        return sample_masks(P, B, only(P.sizes[u] - like.context.shape[1]) if self.singly else m.hidden, only(sum(t.shape[1] for t in like.targets)), generator=generator, device=device, unit=u)
-
-class Whole(Flat):
-    "Between the two: hidden are whole cells, as in the hierarchy; asked are patches, of the last block, as in its flat twin."
-    singly = False
+        like, P = super().draw_masks(1, torch.Generator() if self.recipe.encoder.large_first else generator, None, progress), self.pyramid; u = like.unit
+        hidden, asked = P.sizes[u] - like.context.shape[1], sum(t.shape[1] for t in like.targets)
+        return sample_masks(P, B, *([n if l == u else 0 for l in range(len(P.cells))] for n in (hidden, asked)), generator=generator, device=device, unit=u)
 
 def flat(r): return change(r, **{'levels.depths': (r.encoder.depth,) * len(r.levels.depths)}) if r.encoder.patches else one_level(r)
 
@@ -46,8 +41,7 @@ def large(r): # patches of the larger size from first to last, read through the 
         **{f: getattr(getattr(r, f.split('.')[0]), f.split('.')[1])[k:] for f in ('levels.depths', 'levels.weights', 'masks.hidden', 'masks.predict')}})
 
 def arms(r): # name -> recipe
-    last = change(r, **{'levels.depths': (r.encoder.depth,) * len(r.levels.depths)})
-    return {'hierarchy': r, 'last block': last, 'patches asked': last, 'one level': flat(r), 'views alone': change(r, **{'prediction.weight': 0.}), **({'large patches alone': large(r)} if r.encoder.patches else {}),
+    return {'hierarchy': r, 'one level': flat(r), 'views alone': change(r, **{'prediction.weight': 0.}), **({'large patches alone': large(r)} if r.encoder.patches else {}),
             'hierarchy, VICReg': change(r, **{'whole.kind': 'vicreg', 'whole.args': {}}),
             **{name: peer(key, r) for name, key in {'I-JEPA': 'ijepa', 'MAE': 'mae', 'LeJEPA': 'lejepa', 'VICReg alone': 'vicreg'}.items()}}
 
@@ -69,9 +63,8 @@ class Looks(Monitor):
         model.train(training); return []
 
 def make(k, r): # as hjepa.model.build
-    cls = Whole if k == 'patches asked' else Flat if k == 'one level' and r.encoder.patches else None
-    if not cls: return build(r)
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(r.seed); return cls(r)
+    if k != 'one level' or not r.encoder.patches: return build(r)
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(r.seed); return Flat(r)
 
 def curve(k, r, train, some, held, out) -> list: # rows of monitor.csv; None when it was stopped
     "Train, looking now and then; or go on; or only read."

@@ -35,7 +35,7 @@ def main():
     p.add_argument('--steps', type=int, default=300, help='of pre-training'); p.add_argument('--train', type=int, default=300); p.add_argument('--test', type=int, default=200)
     p.add_argument('--detector-steps', type=int, default=300); p.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS)
     p.add_argument('--state', required=True, metavar='DIR'); p.add_argument('--json', required=True, metavar='FILE')
-    a = p.parse_args()
+    a = p.parse_args(); facts = machine('cpu')  # before anything is written
     run = fit(recipe('cifar10-cpu', steps=a.steps, **RECIPE), out=a.state, live=False)
     if not run.finished: return 130
     model, twin = run.model.eval(), untrained(run.model.recipe)
@@ -44,7 +44,7 @@ def main():
     if set(a.parts) != set(PARTS) and file.exists(): out, arrays = json.loads(file.read_text()), dict(np.load(file.with_suffix('.npz')))
     out |= dict(recipe=model.recipe.model_dump(mode='json'))
     def keep(part, r):
-        out[part] = r | dict(machine=machine('cpu'))
+        out[part] = r | dict(machine=facts)
         file.write_text(json.dumps(out, indent=1, allow_nan=False) + '\n'); np.savez_compressed(file.with_suffix('.npz'), **arrays)
     for part, kinds in (('segmentation', True), ('objects', False)):
         if part not in a.parts: continue

@@ -117,6 +117,14 @@ def test_an_encoder_that_knows_beats_its_controls_and_one_that_knows_nothing_is_
         flat = r['scores'][p]['untrained']['0']; assert flat['miou'] < .1 and flat['lo'] <= flat['miou'] <= flat['hi']    # the commonest class everywhere
     assert d.segmentation(Fake(oracle), constant, tr, te, most=800)[0] == r                  # the seed decides everything
 
+def test_the_place_alone_gives_every_image_the_commonest_answers_of_the_training_images():
+    tr, te = d.dense_scenes(60, 64, 0, kinds=False), d.dense_scenes(6, 64, 1, kinds=False)
+    where = d.Places(Fake(None), 64); seg = d.segmenters(where, False, tr)['linear', '0']
+    answers = seg(where.levels(te.images), where, 64); assert (answers == answers[:1]).all()                  # whatever the image
+    commonest = torch.nn.functional.one_hot(tr.semantic.long(), 3).sum(0).argmax(2); assert (answers[0] == commonest).float().mean() > .9
+    r, _ = d.segmentation(Fake(lambda x, g: torch.ones(len(x), g[0]*g[1], 4)), Fake(lambda x, g: torch.ones(len(x), g[0]*g[1], 4)), tr, te, most=800)
+    assert r['headline']['linear']['over']['place']['hi'] < -.2                                               # which features that say nothing do not
+
 def test_encoders_that_are_broken():
     s = d.dense_scenes(12, 64, 0); fine = Fake(lambda x, g: torch.randn(len(x), g[0]*g[1], 4, generator=gen()))
     for bad in (torch.nan, torch.inf):
