@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from hjepa.bench import machine
 from hjepa.config import HJEPAError, change
-from hjepa.evaluate.dense import Patches, Places, at_size, average_precision, dense_scenes, detect, iou, miou, segmenters, tallies, train_detector
+from hjepa.evaluate.dense import Patches, Places, Told, at_size, average_precision, dense_scenes, detect, draws, interval, iou, miou, segmenters, tallies, train_detector
 from hjepa.files import write
 from hjepa.model import build, load, untrained
 
@@ -32,34 +32,41 @@ def read_so(model, r): # of curves.py, recipe -> HJEPA
     "The same blocks, read as another recipe says."
     out = build(r).eval(); out.target.load_state_dict(model.target.state_dict()); return out
 
-class Told:
-    "An encoder's cells, each with its place beside its features."
-    def __init__(self, model, size): self.model, self.place, self.grids, self.pyramid = model, Places(model, size), model.grids, model.pyramid
-    def levels(self, x, pooled=False): return [torch.cat((z.float().cpu(), p), 2) for z, p in zip(self.model.levels(x, pooled=pooled), self.place.levels(x))]
-
-def segmented(model, train, test, seed): # of at_size() -> probe -> mIoU, that of every class and the input it was read from, and that of every input
+def segmented(model, train, test, seed): # of at_size() -> probe -> counts of every image, the input they were read from, and mIoU of every input
     heads = segmenters(model, False, train, seed=seed); n, out = tallies(model, False, heads, test), {}
     for p in ('linear', 'knn'):
         k = max((k for k in heads if k[0] == p), key=lambda k: heads[k].val)
-        out[p] = dict(miou=float(miou(n[k].sum(0))), classes=dict(zip(test.classes, iou(n[k].sum(0)).tolist())), input=k[1], by_input={q[1]: float(miou(n[q].sum(0))) for q in heads if q[0] == p})
+        out[p] = dict(counts=n[k].tolist(), input=k[1], by_input={q[1]: float(miou(n[q].sum(0))) for q in heads if q[0] == p})
     return out
+
+def judged(rows, classes): # of one seed -> the same with mIoU, IoU of every class, and paired differences instead of counts; intervals over images
+    "An arm is compared with the untrained network and with the first arm, told the place if it was told."
+    by, first, told = {r['arm']: r for r in rows}, rows[0]['arm'], lambda r: ', told the place' if 'told' in r['arm'] else ''
+    for p in ('linear', 'knn'):
+        t = {k: torch.tensor(r[p].pop('counts')).double() for k, r in by.items()}; w = draws(len(t[first]))
+        again = {k: iou((w @ n.flatten(1)).unflatten(1, n.shape[1:])) for k, n in t.items()}; one = {k: iou(n.sum(0)) for k, n in t.items()}
+        minus = lambda k, o: {c: dict(diff=float(a - b), **interval(x - y)) for c, a, b, x, y in (('mIoU', one[k].mean(), one[o].mean(), again[k].mean(1), again[o].mean(1)), *zip(classes, one[k], one[o], again[k].T, again[o].T))}
+        for k, r in by.items():
+            r[p] |= dict(miou=float(one[k].mean()), **interval(again[k].mean(1)), classes={c: dict(iou=float(v), **interval(d)) for c, v, d in zip(classes, one[k], again[k].T)},
+                         minus={o: minus(k, o) for o in ('untrained' + told(r), first + told(r), 'place alone') if o != k})
+    return rows
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--runs', required=True, metavar='DIR', help='the --state of curves.py'); p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--arms', nargs='+', default=['hierarchy', 'one level', 'MAE'], help='of curves.py, in this order; or pretrained:NAME, whose seed is its own')
+    p.add_argument('--arms', nargs='+', default=['hierarchy', 'one level', 'MAE'], help='of curves.py, in this order; or pretrained:NAME, --seeds being of the heads alone')
     p.add_argument('--train', type=int, default=300); p.add_argument('--test', type=int, default=200); p.add_argument('--size', type=int, default=64, help='pixels'); p.add_argument('--detector-steps', type=int, default=200, help='0: no detection')
     p.add_argument('--json', metavar='FILE')
-    a = p.parse_args(); root, facts, rows = Path(a.runs), machine('cpu'), []
+    a = p.parse_args(); root, facts, rows, done = Path(a.runs), machine('cpu'), [], []
     train, test = dense_scenes(a.train, a.size, 0, kinds=False), dense_scenes(a.test, a.size, 1, kinds=False)
     def judge(arm, seed, model, find=True):
         root.mkdir(parents=True, exist_ok=True); file = root / f"dense-{arm.replace(' ', '-').replace(':', '-')}-{seed}.json"
-        if not file.exists():
+        if not file.exists() or 'counts' not in json.loads(file.read_text())['linear']:
             r = segmented(model, train, test, seed)
             if a.detector_steps and find: r |= average_precision(detect(train_detector(model, train, len(model.grids) > 2, a.detector_steps, seed=seed), test), test.objects)  # the last grid is the whole image
             write(file, json.dumps(r))
-        rows.append(dict(arm=arm, seed=seed, **json.loads(file.read_text()))); r = rows[-1]
-        print(arm, seed, f"mIoU {100*r['linear']['miou']:.1f} ({r['linear']['input']}) and {100*r['knn']['miou']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
+        rows.append(dict(arm=arm, seed=seed, **json.loads(file.read_text()))); r = rows[-1]; now = {p: 100*float(miou(torch.tensor(r[p]['counts']).sum(0))) for p in ('linear', 'knn')}
+        print(arm, seed, f"mIoU {now['linear']:.1f} ({r['linear']['input']}) and {now['knn']:.1f} ({r['knn']['input']})", *(f"AP {100*r[k]['ap']:.1f} of {k}" for k in ('box', 'mask') if k in r), flush=True)
     for seed in a.seeds:
         for arm in a.arms:
             model = load(arm if ':' in arm else root / f"{arm.replace(' ', '-')}-{seed}").eval(); ours = at_size(model, a.size); judge(arm, seed, ours); judge(f'{arm}, told the place', seed, Told(ours, a.size), False)
@@ -68,7 +75,8 @@ def main():
                 judge('raw pixels', seed, Patches(ours, a.size)); judge('place alone', seed, Places(ours, a.size))
             for way, r in ways.items():
                 if model.recipe.levels != r.levels: judge(f'{arm}, {way}', seed, at_size(read_so(model, r), a.size), False)
-    if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders of curves.py', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=rows), indent=1) + '\n')
+        done += judged(rows, test.classes); rows.clear()
+    if a.json: write(Path(a.json), json.dumps(dict(facts, what='dense answers on frozen encoders', train=a.train, test=a.test, size=a.size, detector_steps=a.detector_steps, runs=done), indent=1) + '\n')
 
 if __name__ == '__main__':
     try: sys.exit(main())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'VOC', 'OVERLAPS', 'RECALLS', 'Each', 'DenseSet', 'dense_scenes', 'ade20k', 'voc', 'pets', 'coco', 'at_size',
-           'covers', 'spread', 'Patches', 'Places', 'dense_arms', 'inputs', 'gathered', 'labelled', 'shares',
+           'covers', 'spread', 'Patches', 'Places', 'Told', 'dense_arms', 'inputs', 'gathered', 'labelled', 'shares',
            'cell_rows', 'fit_cells', 'linear_head', 'knn_head', 'tally', 'iou', 'miou', 'draws', 'interval',
            'Segmenter', 'tallies', 'segmenters', 'segmentation', 'strides', 'Neck', 'detector', 'train_detector',
            'detect', 'matches', 'precision', 'average_precision', 'detection', 'plot_bars', 'plot_segmentation',
@@ -215,9 +215,15 @@ class Places:
     def __init__(self, model, size:int, waves:int=4): # of at_size(); S; half-waves across the picture, at most
         self.grids, self.pyramid, self.places = model.grids, getattr(model, 'pyramid', None), []
         for (h, w), n in zip(self.grids, covers(model, size)):
-            down, along = (((torch.arange(k) + .5) / k * n / size)[:, None].mul(torch.pi*torch.arange(waves + 1)).cos() for k in (h, w))
-            self.places.append((down[:, None, :, None]*along[None, :, None, :]).flatten(0, 1).flatten(1)[:, 1:])     # without the constant
-    def levels(self, x, pooled=False): return [p.expand(len(x), -1, -1) for p in self.places] # (B,3,S,S) -> per level (B,N_l,24)
+            down, along = (((torch.arange(k) + .5) / k * n / size)[:, None].mul(torch.pi*torch.arange(min(waves, k - 1) + 1)).cos() for k in (h, w))    # k cells tell k waves apart
+            self.places.append((down[:, None, :, None]*along[None, :, None, :]).flatten(0, 1).flatten(1)[:, 1 if h*w > 1 else 0:])     # without the constant, unless there is nothing else
+    def levels(self, x, pooled=False): return [p.expand(len(x), -1, -1) for p in self.places] # (B,3,S,S) -> per level (B,N_l,F), 24 numbers from five cells a side on
+
+class Told:
+    "An encoder's cells, each with its place beside its features."
+    def __init__(self, model, size:int): # of at_size(); S
+        self.model, self.place, self.grids, self.pyramid = model, Places(model, size), model.grids, getattr(model, 'pyramid', None)
+    def levels(self, x, pooled=False): return [torch.cat((z.float().cpu(), p), 2) for z, p in zip(self.model.levels(x, pooled=pooled), self.place.levels(x))]
 
 def dense_arms(model, twin, size:int) -> dict: # of at_size() -> {arm: (encoder, pooled)}
     "The model and its controls."
@@ -409,6 +415,7 @@ def segmentation(
     if train.classes != test.classes or train.size != test.size: raise HJEPAError(f'{train.name} and {test.name} differ in classes or size: draw both from one set.')
     size, k = test.size, len(test.classes)
     arms, heads, n = dense_arms(at_size(model, size), at_size(twin, size), size), {}, {}
+    arms |= {f'{a}, told': (Told(arms[a][0], size), False) for a in ('hjepa', 'untrained')}
     for a in tqdm(arms, desc='segmentation', disable=not progress, leave=False):
         heads[a] = segmenters(*arms[a], train, most, seed)
         n |= {(p, a, i): t for (p, i), t in tallies(*arms[a], heads[a], test).items()}
@@ -418,24 +425,23 @@ def segmentation(
     C = {(p, a, i): f.C for a, hs in heads.items() for (p, i), f in hs.items()}
     again = {q: miou((w @ t.double().flatten(1)).unflatten(1, (3, k))) for q, t in n.items()}
     out = dict(protocol='linear and k-NN segmentation on frozen cells, mIoU over the test set at full resolution', data=test.name, size=size,
-               train=len(train), test=len(test), classes=list(test.classes), seed=seed, cells=most, scores=defaultdict(lambda: defaultdict(dict)))
+               train=len(train), test=len(test), classes=list(test.classes), seed=seed, cells=most, **{part: {p: defaultdict(dict) for p in ('linear', 'knn')} for part in ('scores', 'told')})
     for (p, a, i), t in n.items():
-        out['scores'][p][a][i] = dict(miou=float(miou(t.sum(0))), **interval(again[p, a, i]), val=val[p, a, i], C=C[p, a, i], iou=[None if v != v else v for v in iou(t.sum(0)).tolist()])
-    out['scores'] = {p: dict(by) for p, by in out['scores'].items()}
-    return out | dict(headline=_headline(out['scores'], again)), heads
+        out['told' if a.endswith(', told') else 'scores'][p][a][i] = dict(miou=float(miou(t.sum(0))), **interval(again[p, a, i]), val=val[p, a, i], C=C[p, a, i], iou=[None if v != v else v for v in iou(t.sum(0)).tolist()])
+    return out | dict(headline=_headline(out['scores'], out['told'], again)), heads
 
 # %% ../../nbs/evaluate/56_dense.ipynb #56000023
 def _less(scores, again, p, a, b): # (arm, input) twice -> paired difference
     get = lambda q: scores[p][q[0]][q[1]]['miou']
     return dict(diff=get(a) - get(b), **interval(again[(p, *a)] - again[(p, *b)]))
 
-def _headline(scores, again) -> dict: # {probe: {input, over: {control: diff, lo, hi, input}, hierarchy: {what: diff, lo, hi}}}
-    "The input chosen on training images, against each control's; and what all levels add."
-    out = {}
+def _headline(scores, told, again) -> dict: # {probe: {input, over: {control: diff, lo, hi, input}, told: same, hierarchy: {what: diff, lo, hi}}}
+    "The input chosen on training images, against each control's; the same among those who know the place; and what all levels add."
+    out, every = {}, {p: scores[p] | told[p] for p in scores}
     for p, by in scores.items():
-        at = {a: max(s, key=lambda i: s[i]['val']) for a, s in by.items()}
-        mine, diff = ('hjepa', at['hjepa']), lambda a, b: _less(scores, again, p, a, b)
-        out[p] = dict(input=mine[1], over={a: diff(mine, (a, i)) | dict(input=i) for a, i in at.items() if a != 'hjepa'})
+        at = {a: max(s, key=lambda i: s[i]['val']) for a, s in every[p].items()}; diff = lambda a, b: _less(every, again, p, a, b)
+        mine, over = ('hjepa', at['hjepa']), lambda me, others: {a: diff((me, at[me]), (a, at[a])) | dict(input=at[a]) for a in others}
+        out[p] = dict(input=mine[1], over=over('hjepa', [a for a in by if a != 'hjepa']), told=over('hjepa, told', ['untrained, told', 'place']))
         if 'all' in by['hjepa']: out[p]['hierarchy'] = {'all - level 0': diff(('hjepa', 'all'), ('hjepa', '0')), 'all - pooled_l0': diff(('hjepa', 'all'), ('pooled_l0', 'all')),
                                                         'all - untrained': diff(('hjepa', 'all'), ('untrained', 'all'))}
     return out
