@@ -119,11 +119,20 @@ def test_an_encoder_that_knows_beats_its_controls_and_one_that_knows_nothing_is_
 
 def test_the_place_alone_gives_every_image_the_commonest_answers_of_the_training_images():
     tr, te = d.dense_scenes(60, 64, 0, kinds=False), d.dense_scenes(6, 64, 1, kinds=False)
-    where = d.Places(Fake(None), 64); seg = d.segmenters(where, False, tr)['linear', '0']
-    answers = seg(where.levels(te.images), where, 64); assert (answers == answers[:1]).all()                  # whatever the image
-    commonest = torch.nn.functional.one_hot(tr.semantic.long(), 3).sum(0).argmax(2); assert (answers[0] == commonest).float().mean() > .9
-    r, _ = d.segmentation(Fake(lambda x, g: torch.ones(len(x), g[0]*g[1], 4)), Fake(lambda x, g: torch.ones(len(x), g[0]*g[1], 4)), tr, te, most=800)
-    assert r['headline']['linear']['over']['place']['hi'] < -.2                                               # which features that say nothing do not
+    where = d.Places(Fake(None), 64); heads = d.segmenters(where, False, tr); commonest = torch.nn.functional.one_hot(tr.semantic.long(), 3).sum(0).argmax(2)
+    for probe in ('linear', 'knn'):
+        answers = heads[probe, '0'](where.levels(te.images), where, 64); assert (answers == answers[:1]).all()      # whatever the image
+        assert (answers[0] == commonest).float().mean() > .9
+    found = d.detect(d.train_detector(where, tr, False, 2, 2, width=8), te.subset([0, 1])); assert torch.equal(found[0]['boxes'], found[1]['boxes'])
+    constant = Fake(lambda x, g: torch.ones(len(x), g[0]*g[1], 4)); h = d.segmentation(constant, constant, tr, te, most=800)[0]['headline']['linear']
+    assert h['over']['place']['hi'] < -.2 and abs(h['told']['place']['diff']) < .02                             # a constant is far behind the place; told it, it has what the place has
+
+def test_places_are_where_cells_are():
+    wide = d.Places(Fake(None, [(4, 8), (1, 1)]), 64); p = wide.levels(torch.zeros(2, 3, 64, 64))[0]; assert p.shape == (2, 32, 19)
+    along = p[0, :, 0].view(4, 8); assert torch.allclose(along, ((torch.arange(8) + .5)/8*torch.pi).cos().expand(4, 8)) # the first wave goes along a row
+    assert (p[0].std(0) > .1).all() and wide.places[1].tolist() == [[1.]]                                        # no column of rounding errors; one cell is nowhere
+    odd = d.at_size(build(dict(encoder=dict(patch=4, dim=16, depth=1, heads=1), levels=dict(depths=(1,)*4))), 56); assert odd.grids[2] == (3, 3)
+    assert torch.allclose(d.Places(odd, 56).places[2].view(3, 3, 8)[0, :, 0], (torch.tensor([8., 24, 40])/56*torch.pi).cos())  # cells that end eight pixels before the border
 
 def test_encoders_that_are_broken():
     s = d.dense_scenes(12, 64, 0); fine = Fake(lambda x, g: torch.randn(len(x), g[0]*g[1], 4, generator=gen()))
