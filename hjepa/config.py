@@ -28,11 +28,14 @@ def nearest(word:str, choices) -> str: # " Did you mean 'x'?", or the whole list
     near = difflib.get_close_matches(word.split('.')[-1], choices, 1, 0.5)
     return f" Did you mean '{near[0]}'?" if near else f" Choose from: {', '.join(choices)}."
 
-def named(path:str, key:str): # 'package.module.name'; the recipe key that says so -> the object
-    "What a dotted path stands for."
+def named(path:str, key:str, base:type|None=None): # 'package.module.name'; the recipe key that says so; the class it must descend from -> the object
+    "What a dotted path stands for. A recipe comes with every file of weights, so nothing is called here, and with `base` no plain function passes."
     mod, _, name = path.rpartition('.')
-    try: return getattr(importlib.import_module(mod), name)
-    except (ImportError, AttributeError) as e: raise HJEPAError(f"{key} '{path}' cannot be imported ({e}): check the dotted path.") from None
+    try: out = getattr(importlib.import_module(mod), name)
+    except (ImportError, AttributeError, ValueError) as e: raise HJEPAError(f"{key} '{path}' cannot be imported ({e}): check the dotted path.") from None
+    if base and not (isinstance(out, type) and issubclass(out, base)): raise HJEPAError(f"{key} '{path}' is no class of {base.__module__}.{base.__name__}: name one that descends from it.")
+    if not callable(out): raise HJEPAError(f"{key} '{path}' is {type(out).__name__} and cannot be called: name a class or a function.")
+    return out
 
 # %% ../nbs/00_config.ipynb #f57417e8
 class Branch(BaseModel):
@@ -308,7 +311,8 @@ def mask_problems(r, g, cells, m):
         if n and k < 4: yield f"masks.hidden[{l}] hides {n} of {k} cells: a level with fewer than 4 cells is not masked, set it to 0."
     if r.hidden_patches >= g * g: yield f"masks.hidden {m.hidden} hides {r.hidden_patches} of {g*g} patches and leaves no context: hide fewer cells."
     if r.prediction.weight and not any(m.hidden): yield "masks.hidden hides nothing, so there is nothing to predict: hide some cells or set prediction.weight=0."
-    if not r.prediction.weight and r.whole.kind == 'none': yield "prediction.weight is 0 and whole.kind is 'none', so there is no loss: switch one on."
+    off = "kind is 'none'" if r.whole.kind == 'none' else '' if r.whole.weight else 'weight is 0'
+    if off and not r.prediction.weight: yield f"prediction.weight is 0 and whole.{off}, so there is no loss: switch one on."
     if r.whole.kind != 'none' and r.views.count + r.views.local < 2: yield "the whole-image level compares views, but views.count is 1: use 2 or set whole.kind='none'."
 
 # %% ../nbs/00_config.ipynb #5c1e90d2

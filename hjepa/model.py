@@ -50,7 +50,7 @@ def build_whole(
             if asks(m): raise HJEPAError(f"whole.kind {k} asks for {' and '.join(asks(m))}, which a sum does not hand on: use it alone.")
         return Mix(list(parts.values()), list(kind.values()))
     if kind in WHOLE: cls = WHOLE[kind]
-    elif '.' in kind: cls = named(kind, 'whole.kind')
+    elif '.' in kind: cls = named(kind, 'whole.kind', nn.Module)
     else: raise HJEPAError(f"Unknown whole.kind '{kind}'." + nearest(kind, [*WHOLE, 'none']))
     known = inspect.signature(cls).parameters
     for k in args:

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .config import HJEPAError, Recipe, fields, from_yaml, recipe, to_yaml
-from .files import commit, whole, write
+from .files import claim, commit, whole, write
 from .data.sets import ImageSet, load as load_images
 from .data.views import draw_views, make_views, pil_crops, recolour
 from .data.loader import Loader, mixed_seed
@@ -88,8 +88,8 @@ def run_folder(out, name:str, fresh:bool) -> Path:
     number = lambda i: base.with_name(f'{base.name}-{i}')
     free = lambda: next(number(i) for i in range(2, 10**6) if not number(i).exists())
     if base.exists() and not base.is_dir(): raise HJEPAError(f"{base} is a file: choose a folder for the run.")
+    if out is None: return next(p for p in (number(i) if i > 1 else base for i in range(1, 10**6)) if claim(p))
     if not base.exists() or not any(base.iterdir()): return base
-    if out is None: return free()
     if fresh: os.replace(base, free())
     return base
 

@@ -7,8 +7,10 @@ import hjepa, hjepa.parts.encoder as he, hjepa.train as ht
 from hjepa.config import Branch, HJEPAError, Recipe, change, fields, from_dict, from_yaml, recipe, recipes, to_yaml
 from hjepa.data.sets import ImageSet
 from hjepa.data.scenes import scenes
+from hjepa.evaluate.card import plot_masks
 from hjepa.losses.contrast import WHOLE
-from hjepa.train import Trainer, fit
+from hjepa.model import build, load, write_tensors
+from hjepa.train import Trainer, fit, run_folder
 from tiny import TINY, images, tiny, weights
 
 LEAVES, BRANCHES = list(fields(Recipe())), [k for k, v in Recipe() if isinstance(v, Branch)]
@@ -175,7 +177,7 @@ BAD = {'unknown key': (dict(encodr=3), "Unknown recipe key 'encodr'"), 'near key
     'depth count': (dict(levels__depths=(1, 2)), 'one block a level'), 'no context': (dict(masks__hidden=(0, 16)), 'no context'), 'no context 2': (dict(masks__hidden=(64, 0)), 'no context'),
     'too many': (dict(masks__hidden=(1, 17)), 'hide fewer'), 'negative': (dict(masks__hidden=(-1, 3)), '0 or more'), 'negative asked': (dict(masks__predict=(-1, 1)), 'predict'),
     'nothing hidden': (dict(masks__hidden=(0, 0)), 'hides nothing'), 'count': (dict(masks__hidden=(1, 2, 3)), 'one a level'), 'no weight': (dict(levels__weights=(0., 0.)), 'weights'),
-    'no loss': (dict(prediction__weight=0., whole__kind='none'), 'no loss'), 'one view': (dict(views__count=1), 'views.count is 1'), 'heads': (dict(encoder__heads=5), 'not divisible by 5 heads'), 'head': (dict(encoder__heads=8), 'multiple of 4'),
+    'no loss': (dict(prediction__weight=0., whole__kind='none'), 'no loss'), 'no weight': (dict(prediction__weight=0., whole__weight=0.), 'whole.weight is 0, so there is no loss'), 'one view': (dict(views__count=1), 'views.count is 1'), 'heads': (dict(encoder__heads=5), 'not divisible by 5 heads'), 'head': (dict(encoder__heads=8), 'multiple of 4'),
     'pieces': (dict(train__accumulate=3), 'not divisible'), 'no length': (dict(train__steps=None), 'exactly one'), 'type': (dict(optim__lr='fast'), "optim.lr"), 'sign': (dict(optim__lr=-1.), 'optim.lr'),
     'choice': (dict(masks__kind='bloks'), "masks.kind"), 'mean': (dict(data__mean=(125., 120., 110.)), 'divide by 255'), 'std': (dict(data__std=(.2, 0., .2)), 'data.std'),
     **{f'{k} {a}': ({f'views__{k}': a}, f'views.{k}') for k, bad in dict(count=[0], kind=['3-aug', ''], crop=['random'], flip=[-.1, 1.1, float('nan')], jitter=[2.], gray=[-1.], solarize=[1.5], blur=[-.5],
@@ -190,10 +192,31 @@ def test_bad_recipe_is_refused_in_a_sentence(kw, words):
     with pytest.raises(HJEPAError, match=re.escape(words)) as e: tiny(**kw)
     assert one_sentence(str(e.value)), str(e.value)
 
-@pytest.mark.parametrize('kw,words', [(dict(whole__kind='vicrag', whole__args={}), "Did you mean 'vicreg'"), (dict(whole__args={'lamb': 1}), "Did you mean 'lam'"), (dict(whole__kind='no.such.Class', whole__args={}), 'cannot be imported')])
+@pytest.mark.parametrize('kw,words', [(dict(whole__kind='vicrag', whole__args={}), "Did you mean 'vicreg'"), (dict(whole__args={'lamb': 1}), "Did you mean 'lam'"), (dict(whole__kind='no.such.Class', whole__args={}), 'cannot be imported'), (dict(whole__kind='.x', whole__args={}), 'cannot be imported'),
+                                      (dict(whole__kind='math.sqrt', whole__args={}), 'is no class of torch.nn'), (dict(prediction__targets='math.pi'), 'cannot be called')])
 def test_bad_whole_is_refused_when_built(tmp_path, kw, words):
     with pytest.raises(HJEPAError, match=re.escape(words)) as e: fit(tiny(**kw), data=images(), out=tmp_path)
     assert one_sentence(str(e.value)) and not any(tmp_path.iterdir())
+
+def test_a_file_of_weights_cannot_run_a_program(tmp_path):
+    evil = tiny(whole__kind='os.system', whole__args=dict(command=f'touch {tmp_path/"ran"}'))
+    write_tensors(tmp_path/'model.safetensors', build(tiny()).state_dict(), dict(format='hjepa', recipe=to_yaml(evil)))
+    with pytest.raises(HJEPAError, match='os.system.* is no class'): load(tmp_path/'model.safetensors')
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('bad,words', [(lambda x: x.long(), 'these are int64'), (lambda x: x.float(), 'Float images must lie'), (lambda x: x / 0 * 0, 'Float images must lie')], ids=['integers', 'floats to 255', 'nan'])
+def test_levels_refuse_what_fit_refuses(bad, words):
+    model, x = build(tiny()).eval(), images()[:2]
+    with pytest.raises(HJEPAError, match=words) as e: model.levels(bad(x))
+    assert one_sentence(str(e.value)); torch.testing.assert_close(model.levels(x)[0], model.levels(x / 255)[0])
+
+def test_masks_of_fewer_test_images_than_the_figure_shows():
+    fig = plot_masks(build(tiny()), images()[:2]); per_row = fig.axes[0].get_gridspec().ncols
+    assert len(fig.axes) == 2 * per_row
+
+def test_a_name_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(run_folder(None, 'a', False)) for _ in range(3)] == ['runs/a', 'runs/a-2', 'runs/a-3']
 
 @pytest.mark.parametrize('text,words', [('a: [', 'not YAML'), ('hello', 'key: value'), ('encoder: 3', 'encoder'), ('encoder: {pach: 3}', "Did you mean 'patch'")])
 def test_bad_file_is_refused_in_a_sentence(tmp_path, text, words):

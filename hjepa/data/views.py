@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'WEAK', 'ViewDraw', 'resized_boxes', 'simple_boxes', 'hue_matrix', 'draw_effects', 'draw_colours',
-           'draw_views', 'crop', 'normalise', 'blurred', 'recolour', 'make_views', 'pil_crops', 'pil_views', 'spans',
-           'overlap']
+           'draw_views', 'crop', 'standard', 'normalise', 'blurred', 'recolour', 'make_views', 'pil_crops', 'pil_views',
+           'spans', 'overlap']
 
 # %% ../../nbs/data/12_views.ipynb #dd229f5d
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
-from ..config import Views
+from ..config import HJEPAError, Views
 
 # %% ../../nbs/data/12_views.ipynb #083d8ae1
 @dataclass
@@ -114,10 +114,16 @@ def crop(
     return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
 # %% ../../nbs/data/12_views.ipynb #69e50a0c
-def normalise(x:Tensor, mean, std) -> Tensor: # (...,3,H,W) uint8 or float in [0,1] -> float32
-    "Bytes or unit floats to zero mean and unit deviation."
-    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+def standard(x:Tensor, mean, std) -> Tensor: # (...,3,H,W) float
+    "Zero mean and unit deviation, channel by channel."
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+def normalise(x:Tensor, mean, std) -> Tensor: # (...,3,H,W) uint8 or float in [0,1] -> float32
+    "Bytes or unit floats to zero mean and unit deviation; other numbers are refused."
+    if x.dtype != torch.uint8:
+        if not x.is_floating_point(): raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
+        if x.numel() and not (x.amin() >= 0 and x.amax() <= 1): raise HJEPAError(f'Float images must lie in [0, 1] and these reach from {x.amin():g} to {x.amax():g}: rescale them or pass uint8.')
+    return standard(x.float() / 255 if x.dtype == torch.uint8 else x.float(), mean, std)
 
 # %% ../../nbs/data/12_views.ipynb #6fb25e83
 def blurred(x:Tensor, sigma:Tensor) -> Tensor: # (B,C,S,S), (B,) pixels, above 0 -> (B,C,S,S)
@@ -139,7 +145,7 @@ def recolour(
     if len(rows := draw.sigma.flatten().nonzero()[:, 0]): x[rows.to(dev)] = blurred(x[rows.to(dev)], draw.sigma.flatten()[rows].to(dev))
     grey = torch.einsum('bchw,c->b', x, GREY.to(dev)) / S**2
     x = torch.baddbmm((grey * draw.shift.flatten().to(dev))[:, None, None], draw.colour.flatten(0, 1).to(dev), x.flatten(2))
-    return normalise(x.clamp_(0, 1).unflatten(2, (S, S)), mean, std).unflatten(0, (V, B))
+    return standard(x.clamp_(0, 1).unflatten(2, (S, S)), mean, std).unflatten(0, (V, B))
 
 # %% ../../nbs/data/12_views.ipynb #b80638ee
 def make_views(

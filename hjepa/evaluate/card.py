@@ -260,7 +260,7 @@ def shade(x, seen): # (...,3,H,W) in [0,1], (...,1,H,W) of 0 and 1
 
 def plot_masks(model, images, n=4, seed=0): # model with draw_masks(), (N,3,H,W) uint8 images
     "Visible pixels as they are, hidden ones shaded; outlines are the cells asked at each level."
-    g, p, r = torch.Generator().manual_seed(seed), model.pyramid, model.recipe
+    g, p, r, n = torch.Generator().manual_seed(seed), model.pyramid, model.recipe, min(n, len(images))
     L, V, x = len(p.cells), r.views.count, torch.stack([images[i] for i in range(n)]).cpu()
     views = make_views(x, draw_views(n, r.views, g), r.data.image, (0,)*3, (1,)*3)
     m, k = model.draw_masks(V*n, g), r.data.image // p.grid[0]
