@@ -224,7 +224,7 @@ def run_sweep(args):
     out = sweep(read_sweep(args.file).model_dump() | ({'final': True} if args.final else {}), args.out, args.results, args.fresh)
     if out['rows']: print(sweep_table(out['rows']), f"{out['csv']}, {out['figure']}", sep='\n\n')
     say_json(args, out)
-    return 0 if out['finished'] else 130
+    return 0 if out['finished'] else 2 if out['failed'] else 130
 
 def add_sweep(add):
     "Adds the command `sweep`."

@@ -201,8 +201,8 @@ class Train(Branch):
 # %% ../nbs/00_config.ipynb #7b05f4dd
 class Recipe(Branch):
     "All choices of a run: its branches, a name, a seed. It refuses what cannot work together."
-    name:str = 'custom'               # of the run's folder, runs/NAME
-    seed:int = Field(0, ge=0)         # of weights, order of images, views and masks
+    name:str = Field('custom', min_length=1, max_length=100) # of the run's folder, runs/NAME
+    seed:int = Field(0, ge=0, lt=2**63) # of weights, order of images, views and masks
     data:Data = Data()
     views:Views = Views()
     encoder:Encoder = Encoder()
@@ -498,7 +498,8 @@ def recipe(r, # a name, the path of a YAML file, a Recipe, or nested dicts
         if str(r) in recipes: r = recipes[str(r)]()
         elif p.suffix in ('.yaml', '.yml'):
             if not p.exists(): raise HJEPAError(f"No recipe file at {p}: check the path.")
-            r = from_yaml(p.read_text())
+            try: r = from_yaml(p.read_text())
+            except (OSError, UnicodeDecodeError) as e: raise HJEPAError(f"{p} cannot be read ({e}): give a text file in UTF-8.") from None
         else: raise HJEPAError(f"Unknown recipe '{r}'." + nearest(str(r), recipes))
     return change(r, **kw) if kw else r
 

@@ -109,7 +109,7 @@ class Folder(Lazy):
         for p in self.items:
             try: s = os.stat(p)
             except OSError as e: raise BadImage(p, e.strerror) from e
-            h.update(f'\n{p} {s.st_size} {s.st_mtime_ns}'.encode())
+            h.update(f'\n{p} {s.st_size} {s.st_mtime_ns}'.encode(errors='surrogateescape'))
         return h.hexdigest()
 
 # %% ../nbs/03_images.ipynb #8fd6df53

@@ -173,23 +173,26 @@ def sweep(s, out=None, # a YAML file, or a dict; folder of the runs (None = runs
     results='results', # folder of NAME.csv and NAME.png
     fresh:bool=False,  # set an old sweep in that folder aside and start over
     data=None,         # training images as an ImageSet; None = the recipe's by name
-) -> dict:             # finished, rows, summary, csv, figure
-    "All runs of a sweep that are not done yet, one after the other."
+) -> dict:             # finished, failed (why, by arm and seed), rows, summary, csv, figure
+    "All runs of a sweep that are not done yet, one after the other; one that fails is named, and the others go on."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise HJEPAError('A sweep does one training after the other in one process: start it without accelerate launch.')
     s = read_sweep(s); rs = recipes_of(s); base = recipe(s.recipe, **s.change)
     images, folder, said = Images(base, data), run_folder(out or Path('runs') / s.name, s.name, fresh), [base.data.name, base.data.labelled]
     rs = equalise(s, rs, images.training, folder)
     csv, png = (Path(results) / f"{s.name}{'-final' * s.final}.{e}" for e in ('csv', 'png'))
     runs = {(a, n): (change(r, seed=n), folder / f'{slug(a)}-{n}' / ('final.json' if s.final else 'score.json')) for n in s.seeds for a, r in rs.items()}
-    done, rows = {k: row for k, (r, file) in runs.items() if (row := keep(file, r, said))}, []
+    done, rows, failed = {k: row for k, (r, file) in runs.items() if (row := keep(file, r, said))}, [], {}
     with tqdm(total=len(runs), initial=len(done), desc=s.name, unit='run') as bar:
         for k, (r, file) in runs.items():
-            if k not in done and (row := one_run(k[0], r, file.parent, images, s.final)) is None: bar.write('stopped: the same sweep, asked for again, goes on'); break
+            try: row = done.get(k) or one_run(k[0], r, file.parent, images, s.final)
+            except HJEPAError as e: failed[f'{k[0]}, seed {k[1]}'] = str(e); bar.update(); bar.write(f'{k[0]}, seed {k[1]}, failed: {e}'); continue
+            if row is None: bar.write('stopped: the same sweep, asked for again, goes on'); break
             if k not in done: done[k] = keep(file, r, said, row); bar.update(); bar.write(f"{k[0]}, seed {k[1]}: linear {row['linear']:.1%}, k-NN {row['knn']:.1%}")
             write_rows(csv, rows := [done[a, n] for a in rs for n in s.seeds if (a, n) in done])
+    if failed and not done: raise HJEPAError('No run ended. ' + next(f'{k}: {e}' for k, e in failed.items()))
     if rows:
         with style(): save(plot_sweep(rows, f'{s.name}: {len(rows)} of {len(runs)} runs, judged on {"test" if s.final else "held-out training"} images'), png)
-    return dict(finished=len(done) == len(runs), rows=rows, summary=summary(rows), csv=str(csv), figure=str(png))
+    return dict(finished=len(done) == len(runs), failed=failed, rows=rows, summary=summary(rows), csv=str(csv), figure=str(png))
 
 # %% ../nbs/62_sweep.ipynb #6200001f
 def sweep_rows(file) -> list: # NAME.csv of a sweep

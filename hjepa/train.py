@@ -45,7 +45,7 @@ def as_images(data, r:Recipe): # -> uint8 (N,3,S,S) tensor or lazy sequence, lab
         if x.dtype != torch.uint8: raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
         if x.ndim != 4 or x.shape[1] != 3: raise HJEPAError(f"Images must be (N,3,H,W) and these are {tuple(x.shape)}: permute or repeat channels.")
         if x.shape[-2:] != (r.data.image,)*2: raise HJEPAError(f"The images are {x.shape[2]}x{x.shape[3]} and data.image is {r.data.image}: resize them or change data.image.")
-    elif not hasattr(x, 'open'): check_item(x, r.data.image)      # what opens pictures sizes them, and reports a broken one
+    elif isinstance(x, Path) or not hasattr(x, 'open'): check_item(x, r.data.image)      # what opens pictures sizes them, and reports a broken one
     return x, labels
 
 def check_item(x, size:int):

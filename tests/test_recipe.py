@@ -176,7 +176,7 @@ BAD = {'unknown key': (dict(encodr=3), "Unknown recipe key 'encodr'"), 'near key
     'not nested': (dict(levels__cells=(1, 2, 3)), 'do not nest'), 'no level': (dict(levels__cells=()), 'cells'), 'depth': (dict(levels__depths=(1, 2, 3)), 'outside'),
     'depth count': (dict(levels__depths=(1, 2)), 'one block a level'), 'no context': (dict(masks__hidden=(0, 16)), 'no context'), 'no context 2': (dict(masks__hidden=(64, 0)), 'no context'),
     'too many': (dict(masks__hidden=(1, 17)), 'hide fewer'), 'negative': (dict(masks__hidden=(-1, 3)), '0 or more'), 'negative asked': (dict(masks__predict=(-1, 1)), 'predict'),
-    'nothing hidden': (dict(masks__hidden=(0, 0)), 'hides nothing'), 'count': (dict(masks__hidden=(1, 2, 3)), 'one a level'), 'no weight': (dict(levels__weights=(0., 0.)), 'weights'),
+    'nothing hidden': (dict(masks__hidden=(0, 0)), 'hides nothing'), 'count': (dict(masks__hidden=(1, 2, 3)), 'one a level'), 'seed': (dict(seed=2**64), 'seed'), 'empty name': (dict(name=''), 'name'), 'no weight': (dict(levels__weights=(0., 0.)), 'weights'),
     'no loss': (dict(prediction__weight=0., whole__kind='none'), 'no loss'), 'no weight': (dict(prediction__weight=0., whole__weight=0.), 'whole.weight is 0, so there is no loss'), 'one view': (dict(views__count=1), 'views.count is 1'), 'heads': (dict(encoder__heads=5), 'not divisible by 5 heads'), 'head': (dict(encoder__heads=8), 'multiple of 4'),
     'pieces': (dict(train__accumulate=3), 'not divisible'), 'no length': (dict(train__steps=None), 'exactly one'), 'type': (dict(optim__lr='fast'), "optim.lr"), 'sign': (dict(optim__lr=-1.), 'optim.lr'),
     'choice': (dict(masks__kind='bloks'), "masks.kind"), 'mean': (dict(data__mean=(125., 120., 110.)), 'divide by 255'), 'std': (dict(data__std=(.2, 0., .2)), 'data.std'),
@@ -213,6 +213,15 @@ def test_levels_refuse_what_fit_refuses(bad, words):
 def test_masks_of_fewer_test_images_than_the_figure_shows():
     fig = plot_masks(build(tiny()), images()[:2]); per_row = fig.axes[0].get_gridspec().ncols
     assert len(fig.axes) == 2 * per_row
+
+def test_a_recipe_file_that_is_no_text(tmp_path):
+    (tmp_path/'r.yaml').write_bytes(b'seed: \xff'); (tmp_path/'dir.yaml').mkdir()
+    for f in ('r.yaml', 'dir.yaml'):
+        with pytest.raises(HJEPAError, match='cannot be read') as e: recipe(tmp_path/f)
+        assert one_sentence(str(e.value))
+
+def test_a_path_is_no_set_of_images(tmp_path):
+    with pytest.raises(HJEPAError, match='no sequence of images'): fit(tiny(), data=tmp_path, out=tmp_path/'run')
 
 def test_a_name_is_taken_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -61,13 +61,19 @@ def test_stop_ends_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch, whole
     assert not cut['finished'] and [(r['arm'], r['seed']) for r in cut['rows']] == [('both', 0)]
     assert same_rows(go(tmp_path, **kw), dict(rows=whole['rows'][:2]))
 
+def test_one_bad_arm_costs_the_others_nothing(tmp_path, whole):
+    hot = go(tmp_path, arms={'hot': {'optim.lr': 1e30, 'optim.clip': None, 'train.log': 1}, **FILE['arms']}, seeds=[0])
+    assert not hot['finished'] and [r['arm'] for r in hot['rows']] == ['both', 'views only'] and list(hot['failed']) == ['hot, seed 0']
+    assert [r['linear'] for r in hot['rows']] == [r['linear'] for r in whole['rows'] if r['seed'] == 0]
+    with pytest.raises(HJEPAError, match='No run ended. hot, seed 0: The loss'): go(tmp_path/'only', arms={'hot': {'optim.lr': 1e30, 'optim.clip': None, 'train.log': 1}}, seeds=[0])
+
 def test_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(HJEPAError, match='without accelerate launch'): go(tmp_path)
 
 def test_stopped_in_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setattr(hs, 'one_run', lambda *a: None)
-    assert go(tmp_path) == dict(finished=False, rows=[], summary={}, csv=str(tmp_path/'results'/'t.csv'), figure=str(tmp_path/'results'/'t.png'))
+    assert go(tmp_path) == dict(finished=False, failed={}, rows=[], summary={}, csv=str(tmp_path/'results'/'t.csv'), figure=str(tmp_path/'results'/'t.png'))
 
 def test_test_split_is_for_final_alone(tmp_path, monkeypatch):
     asked, keys = [], dict(arms={'both': None}, seeds=[0])
@@ -150,5 +156,7 @@ def test_command(tmp_path, capsys, monkeypatch, whole):
     assert cli.main(words) == 0 and '| both |' in capsys.readouterr().out and json.loads((tmp_path/'f.json').read_text())['finished']
     assert cli.main([*words, '--final']) == 0 and (tmp_path/'res'/'t-final.csv').exists()
     monkeypatch.setattr(hs, 'one_run', lambda *a: None); assert cli.main([*words, '--fresh']) == 130 and (tmp_path/'r-2').exists()
+    def one(*a): raise HJEPAError('The loss became nan.')
+    monkeypatch.setattr(hs, 'one_run', one); assert cli.main([*words, '--fresh']) == 2 and 'No run ended. both, seed 0: The loss became nan.' in capsys.readouterr().err
     with pytest.raises(SystemExit): cli.main(['sweep', '--help'])
     text = capsys.readouterr().out.split('hjepa sweep levels.yaml')[1]; assert recipes_of(read_sweep(yaml.safe_load(text))).keys() == {f'{a}, lr={v}' for a in ('two levels', 'views only') for v in (.001, .002)}

@@ -246,7 +246,7 @@ def plot_neighbours(
                 left = c*col + (gap if c else 0)
                 sheet[r*row:r*row + s, left:left + s] = _picture(src.images[j])
                 right = src.labels[j] == test.labels[i]
-                ax.text(left + s/2, r*row + s*1.02, str(src.classes[int(src.labels[j])])[:14], ha='center', va='top',
+                ax.text(left + s/2, r*row + s*1.02, (str(src.classes[g]) if (g := int(src.labels[j])) < len(src.classes) else f'class {g}')[:14], ha='center', va='top',
                         color='k' if right else '#b91c1c', weight='bold' if c == 0 else None)
         ax.imshow(sheet, aspect='equal'); hide_axes(ax)
         ax.set_title(f'{l}: a test image, then its nearest labelled images', loc='left')
