@@ -38,7 +38,7 @@ def flat(r): return change(r, **{'levels.depths': (r.encoder.depth,) * len(r.lev
 def large(r): # patches of the larger size from first to last, read through the small ones
     q = max(r.encoder.patches); k = r.levels.cells.index(q // r.encoder.patch)
     return change(r, **{'encoder.patch': q, 'encoder.patches': (), 'encoder.large_first': False, 'encoder.read': r.encoder.patch, 'levels.cells': [c // r.levels.cells[k] for c in r.levels.cells[k:]],
-        **{f: getattr(getattr(r, f.split('.')[0]), f.split('.')[1])[k:] for f in ('levels.depths', 'levels.weights', 'masks.hidden', 'masks.predict')}})
+        **{f: v and v[k:] for f in ('levels.depths', 'levels.weights', 'masks.hidden', 'masks.predict') for v in [getattr(getattr(r, f.split('.')[0]), f.split('.')[1])]}})
 
 def arms(r): # name -> recipe
     return {'hierarchy': r, 'one level': flat(r), 'views alone': change(r, **{'prediction.weight': 0.}), **({'large patches alone': large(r)} if r.encoder.patches else {}),

@@ -51,7 +51,7 @@ class Step:
         self.opt = optimizer(self.model, r.optim)
         if compile:
             for part in ('encoder', 'target', 'predictor'):
-                if hasattr(self.model, part): getattr(self.model, part).compile()
+                if hasattr(self.model, part): getattr(self.model, part).compile(dynamic=False) # else the second recipe of a process gets slower kernels than the first
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if precision == 'bf16' else nullcontext()
         self.draw = torch.Generator().manual_seed(r.seed)
         V, B, S = r.views.count, r.train.batch, r.data.image

@@ -138,7 +138,7 @@ class Trainer:
         self.opt = optimizer(self.model, r.optim)
         if t.compile:
             for part in ('encoder', 'target', 'predictor'):
-                if hasattr(model, part): getattr(model, part).compile()
+                if hasattr(model, part): getattr(model, part).compile(dynamic=False) # kernels of one size each
         self.net = self.acc.prepare(self.model) if self.acc.num_processes > 1 else self.model
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.step, self.steps, self.seconds, self.rows, self.facts = 0, None, 0., [], dict(precision='bf16' if bf16 else 'fp32')
