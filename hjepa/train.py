@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .config import HJEPAError, Recipe, fields, from_yaml, recipe, to_yaml
 from .files import claim, commit, whole, write
 from .data.sets import ImageSet, load as load_images
-from .data.views import draw_views, make_views, pil_crops, recolour
+from .data.views import check_pixels, draw_views, make_views, pil_crops, recolour
 from .data.loader import Loader, mixed_seed
 from .losses.prediction import all_mean
 from .optim import cosine, learning_rate, linear, optimizer, settled
@@ -38,11 +38,8 @@ def as_images(data, r:Recipe): # -> uint8 (N,3,S,S) tensor or lazy sequence, lab
     labels = data.labels if isinstance(data, ImageSet) else None
     x = data.images if isinstance(data, ImageSet) else torch.as_tensor(data) if hasattr(data, '__array__') else data
     if isinstance(x, Tensor):
-        if x.is_floating_point():
-            if not torch.isfinite(x).all(): raise HJEPAError("The images hold NaN or infinite values: clean them before training.")
-            if x.min() < 0 or x.max() > 1: raise HJEPAError(f"Float images must lie in [0, 1] and these reach from {x.min():g} to {x.max():g}: rescale them or pass uint8.")
-            x = (x * 255).round().byte()
-        if x.dtype != torch.uint8: raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
+        check_pixels(x)
+        if x.is_floating_point(): x = (x * 255).round().byte()
         if x.ndim != 4 or x.shape[1] != 3: raise HJEPAError(f"Images must be (N,3,H,W) and these are {tuple(x.shape)}: permute or repeat channels.")
         if x.shape[-2:] != (r.data.image,)*2: raise HJEPAError(f"The images are {x.shape[2]}x{x.shape[3]} and data.image is {r.data.image}: resize them or change data.image.")
     elif isinstance(x, Path) or not hasattr(x, 'open'): check_item(x, r.data.image)      # what opens pictures sizes them, and reports a broken one

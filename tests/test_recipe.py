@@ -177,7 +177,7 @@ BAD = {'unknown key': (dict(encodr=3), "Unknown recipe key 'encodr'"), 'near key
     'depth count': (dict(levels__depths=(1, 2)), 'one block a level'), 'no context': (dict(masks__hidden=(0, 16)), 'no context'), 'no context 2': (dict(masks__hidden=(64, 0)), 'no context'),
     'too many': (dict(masks__hidden=(1, 17)), 'hide fewer'), 'negative': (dict(masks__hidden=(-1, 3)), '0 or more'), 'negative asked': (dict(masks__predict=(-1, 1)), 'predict'),
     'nothing hidden': (dict(masks__hidden=(0, 0)), 'hides nothing'), 'count': (dict(masks__hidden=(1, 2, 3)), 'one a level'), 'seed': (dict(seed=2**64), 'seed'), 'empty name': (dict(name=''), 'name'), 'no weight': (dict(levels__weights=(0., 0.)), 'weights'),
-    'no loss': (dict(prediction__weight=0., whole__kind='none'), 'no loss'), 'no weight': (dict(prediction__weight=0., whole__weight=0.), 'whole.weight is 0, so there is no loss'), 'one view': (dict(views__count=1), 'views.count is 1'), 'heads': (dict(encoder__heads=5), 'not divisible by 5 heads'), 'head': (dict(encoder__heads=8), 'multiple of 4'),
+    'no loss': (dict(prediction__weight=0., whole__kind='none'), 'no loss'), 'no weight on any loss': (dict(prediction__weight=0., whole__weight=0.), 'whole.weight is 0, so there is no loss'), 'one view': (dict(views__count=1), 'views.count is 1'), 'heads': (dict(encoder__heads=5), 'not divisible by 5 heads'), 'head': (dict(encoder__heads=8), 'multiple of 4'),
     'pieces': (dict(train__accumulate=3), 'not divisible'), 'no length': (dict(train__steps=None), 'exactly one'), 'type': (dict(optim__lr='fast'), "optim.lr"), 'sign': (dict(optim__lr=-1.), 'optim.lr'),
     'choice': (dict(masks__kind='bloks'), "masks.kind"), 'mean': (dict(data__mean=(125., 120., 110.)), 'divide by 255'), 'std': (dict(data__std=(.2, 0., .2)), 'data.std'),
     **{f'{k} {a}': ({f'views__{k}': a}, f'views.{k}') for k, bad in dict(count=[0], kind=['3-aug', ''], crop=['random'], flip=[-.1, 1.1, float('nan')], jitter=[2.], gray=[-1.], solarize=[1.5], blur=[-.5],
@@ -204,7 +204,7 @@ def test_a_file_of_weights_cannot_run_a_program(tmp_path):
     with pytest.raises(HJEPAError, match='os.system.* is no class'): load(tmp_path/'model.safetensors')
     assert not (tmp_path/'ran').exists()
 
-@pytest.mark.parametrize('bad,words', [(lambda x: x.long(), 'these are int64'), (lambda x: x.float(), 'Float images must lie'), (lambda x: x / 0 * 0, 'Float images must lie')], ids=['integers', 'floats to 255', 'nan'])
+@pytest.mark.parametrize('bad,words', [(lambda x: x.long(), 'these are int64'), (lambda x: x.float(), 'Float images must lie'), (lambda x: x / 0 * 0, 'NaN or infinite')], ids=['integers', 'floats to 255', 'nan'])
 def test_levels_refuse_what_fit_refuses(bad, words):
     model, x = build(tiny()).eval(), images()[:2]
     with pytest.raises(HJEPAError, match=words) as e: model.levels(bad(x))

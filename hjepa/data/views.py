@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'WEAK', 'ViewDraw', 'resized_boxes', 'simple_boxes', 'hue_matrix', 'draw_effects', 'draw_colours',
-           'draw_views', 'crop', 'standard', 'normalise', 'blurred', 'recolour', 'make_views', 'pil_crops', 'pil_views',
-           'spans', 'overlap']
+           'draw_views', 'crop', 'standard', 'check_pixels', 'normalise', 'blurred', 'recolour', 'make_views',
+           'pil_crops', 'pil_views', 'spans', 'overlap']
 
 # %% ../../nbs/data/12_views.ipynb #dd229f5d
 import math
@@ -118,11 +118,18 @@ def standard(x:Tensor, mean, std) -> Tensor: # (...,3,H,W) float
     "Zero mean and unit deviation, channel by channel."
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
+def check_pixels(x:Tensor): # images of any shape
+    "Raise unless they are uint8, or floats in [0,1]."
+    if x.dtype == torch.uint8: return
+    if not x.is_floating_point(): raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
+    if not x.numel(): return
+    lo, hi = (float(v) for v in x.aminmax())
+    if not math.isfinite(hi - lo): raise HJEPAError('The images hold NaN or infinite values: clean them before training.')
+    if lo < 0 or hi > 1: raise HJEPAError(f'Float images must lie in [0, 1] and these reach from {lo:g} to {hi:g}: rescale them or pass uint8.')
+
 def normalise(x:Tensor, mean, std) -> Tensor: # (...,3,H,W) uint8 or float in [0,1] -> float32
     "Bytes or unit floats to zero mean and unit deviation; other numbers are refused."
-    if x.dtype != torch.uint8:
-        if not x.is_floating_point(): raise HJEPAError(f"Images are bytes (uint8) or floats in [0, 1] and these are {str(x.dtype).removeprefix('torch.')}: convert them.")
-        if x.numel() and not (x.amin() >= 0 and x.amax() <= 1): raise HJEPAError(f'Float images must lie in [0, 1] and these reach from {x.amin():g} to {x.amax():g}: rescale them or pass uint8.')
+    check_pixels(x)
     return standard(x.float() / 255 if x.dtype == torch.uint8 else x.float(), mean, std)
 
 # %% ../../nbs/data/12_views.ipynb #6fb25e83
